@@ -1,0 +1,195 @@
+"""The 2-D laboratory: exact mixtures, networks, metrics, figures."""
+
+import math
+
+import pytest
+import torch
+
+import sim_core as sim
+from toy import metrics, plots
+from toy.mixtures import TARGETS, Mixture, equal_mixture, make_target
+from toy.networks import Denoiser, Generator, VPDenoiser, vp_betas, vp_sigma, vp_sigmas, vp_weight
+from toy.sampler import heun
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def lopsided(dim=2):
+    """A small mixture with unequal everything, float64."""
+    means = torch.randn(4, dim, generator=rng(1), dtype=torch.float64)
+    stds = torch.tensor([0.1, 0.3, 0.2, 0.5], dtype=torch.float64)
+    return Mixture(means, stds, torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64), torch.arange(4))
+
+
+# --- mixtures ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.05, 0.7, 5.0])
+def test_density_is_that_of_the_blurred_components(sigma):
+    mixture, x = lopsided(), torch.randn(50, 2, generator=rng(), dtype=torch.float64)
+    by_hand = 0.0
+    for mean, std, weight in zip(mixture.means, mixture.stds, mixture.weights):
+        covariance = (std**2 + sigma**2) * torch.eye(2, dtype=torch.float64)
+        by_hand += weight * torch.distributions.MultivariateNormal(mean, covariance).log_prob(x).exp()
+    sigmas = torch.full((50,), sigma, dtype=torch.float64)
+    assert (mixture.log_density(x, sigmas) - by_hand.log()).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_score_is_the_gradient_of_log_density_and_tweedie_holds(dim):
+    mixture, sigma = lopsided(dim), torch.rand(50, generator=rng(2), dtype=torch.float64) + 0.05
+    x = torch.randn(50, dim, generator=rng(), dtype=torch.float64).requires_grad_()
+    (expected,) = torch.autograd.grad(mixture.log_density(x, sigma).sum(), x)
+    assert (mixture.score(x, sigma) - expected).abs().max() < 1e-9 * expected.abs().max()
+    denoised = mixture.denoiser(x, sigma)
+    assert (sim.score_from_denoised(denoised, x, sigma) - expected).abs().max() < 1e-9 * expected.abs().max()
+
+
+def test_denoiser_is_the_posterior_mean():
+    """E[x0 | xt] by brute force: importance-weighted samples of x0."""
+    mixture, sigma = lopsided(1), 0.4
+    x0 = mixture.sample(400_000, rng())[:, 0]
+    for xt in (-1.0, 0.2, 1.3):
+        weight = torch.exp(-((xt - x0) ** 2) / (2 * sigma**2))
+        expected = (weight * x0).sum() / weight.sum()
+        one = torch.tensor([[xt]], dtype=torch.float64)
+        assert mixture.denoiser(one, one.new_full((1,), sigma)).item() == pytest.approx(expected.item(), abs=0.01)
+
+
+def test_far_away_the_denoiser_stays_finite():
+    target = make_target("ring")
+    x, sigma = torch.full((1, 2), 1e3), torch.tensor([0.01])
+    assert target.denoiser(x, sigma).isfinite().all()
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_targets(name):
+    target = make_target(name)
+    assert target.weights.sum().item() == pytest.approx(1, abs=1e-4)
+    assert sorted(set(target.modes.tolist())) == list(range(int(target.modes.max()) + 1))
+    x = target.sample(20_000, rng())
+    assert x.std(0).square().mean().sqrt().item() == pytest.approx(target.data_std(), rel=0.03)
+    assert x.abs().max() < plots.LIMIT + 0.4 and x.mean(0).abs().max() < 0.2, "fits the figures"
+    found = metrics.mode_metrics(x, target)
+    assert found["modes_covered"] == found["modes"] and found["high_quality"] > 0.98
+    assert found["mode_weight_error"] < 0.03
+
+
+def test_named_targets_are_as_described():
+    ring, grid = make_target("ring"), make_target("grid")
+    assert ring.means.shape == (8, 2) and ring.stds.unique().tolist() == pytest.approx([0.1])
+    assert ring.means.norm(dim=1).tolist() == pytest.approx([1.0] * 8)
+    assert grid.means.shape == (25, 2) and grid.stds.unique().tolist() == pytest.approx([0.05])
+    assert torch.pdist(grid.means).min().item() == pytest.approx(0.6)
+    with pytest.raises(ValueError, match="unknown target 'mnist'"):
+        make_target("mnist")
+
+
+# --- networks ------------------------------------------------------------------------------------
+
+
+def test_preconditioning_at_initialisation():
+    """F = 0: D is the best linear denoiser of data with std sigma_data."""
+    x, sigma = torch.randn(6, 2), torch.tensor([0.01, 0.1, 0.5, 1.0, 10.0, 80.0])
+    expected = 0.7**2 / (sigma[:, None] ** 2 + 0.7**2) * x
+    assert (Denoiser(sigma_data=0.7)(x, sigma) - expected).abs().max() < 1e-6
+
+
+def test_generator_is_the_denoiser_at_sigma_init():
+    network, z = Denoiser(), torch.randn(5, 2)
+    torch.nn.init.normal_(network.out.weight)
+    assert torch.equal(Generator(network, 2.5)(z), network(2.5 * z, torch.full((5,), 2.5)))
+
+
+def test_vp_process():
+    abar = (1 - vp_betas()).cumprod(0)
+    assert vp_sigmas()[0].item() == pytest.approx(0.0100005, rel=1e-4)
+    assert vp_sigmas()[-1].item() == pytest.approx(157.407, rel=1e-4)
+    drawn = vp_sigma(50_000, generator=rng())
+    assert len(drawn.unique()) == 999 and drawn.min() == vp_sigmas()[1], "t runs over 1..T-1"
+    t = torch.tensor([1, 300, 999])
+    sigma = vp_sigmas()[t]
+    # Listing 1: T g^2 |s_vp - grad log q|^2 with s_vp = sqrt(1 + sigma^2) s, s error = D error / sigma^2
+    expected = 1000 * vp_betas()[t] / abar[t] / sigma.double() ** 4
+    assert (vp_weight(sigma) / expected - 1).abs().max() < 1e-4
+
+
+def test_vp_adapter_feeds_the_network_what_listing_1_does():
+    network, t = VPDenoiser(width=8), torch.tensor([1, 42, 999])
+    sigma, x0, noise = vp_sigmas()[t], torch.randn(3, 2), torch.randn(3, 2)
+    abar = (1 - vp_betas()).cumprod(0).float()[t, None]
+    x_vp = abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+    epsilon = network.epsilon(torch.cat([x_vp, t[:, None] / 1000], 1))
+    xt = sim.add_noise(x0, sigma, noise)
+    assert (network(xt, sigma) - (xt - sigma[:, None] * epsilon)).abs().max() < 1e-4
+
+
+def test_heun_with_the_exact_denoiser_samples_the_target():
+    target = make_target("ring")
+    x = heun(target.denoiser, torch.randn(4000, 2, generator=rng()))
+    data = target.sample(4000, rng(1))
+    assert metrics.energy_distance(x, data) < 3 * metrics.energy_floor(4000, 4000, metrics.mean_distance(data))
+
+
+# --- metrics -------------------------------------------------------------------------------------
+
+
+def test_energy_distance_by_hand():
+    x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0]])
+    # 2 * (3 + 2) / 2 - (0 + 1 + 1 + 0) / 4 - 0
+    assert metrics.energy_distance(x, y) == pytest.approx(4.5)
+    assert metrics.energy_distance(x, x) == pytest.approx(0, abs=1e-12)
+
+
+def test_energy_floor_is_the_mean_over_data_sets():
+    target, generator = make_target("ring"), rng()
+    pairs = [[target.sample(200, generator) for _ in range(2)] for _ in range(400)]
+    mean = sum(metrics.energy_distance(x, y) for x, y in pairs) / len(pairs)
+    assert metrics.energy_floor(200, 200, metrics.mean_distance(pairs[0][0])) == pytest.approx(mean, rel=0.1)
+
+
+def test_energy_distance_grows_with_the_error():
+    target = make_target("ring")
+    x, y = target.sample(2000, rng()), target.sample(2000, rng(1))
+    distances = [metrics.energy_distance(x + shift, y) for shift in (0.0, 0.1, 0.3)]
+    assert distances == sorted(distances) and distances[2] > 20 * distances[0]
+
+
+def test_mode_metrics_see_lost_blurred_and_unbalanced_modes():
+    target = make_target("ring")
+    perfect = metrics.mode_metrics(target.sample(20_000, rng()), target)
+    assert perfect["high_quality"] == pytest.approx(1 - math.exp(-4.5), abs=0.003)
+    one_mode = target.means[:1] + 0.1 * torch.randn(1000, 2, generator=rng())
+    lost = metrics.mode_metrics(one_mode, target)
+    assert lost["modes_covered"] == 1 and lost["mode_weight_error"] == pytest.approx(7 / 8)
+    blurred = metrics.mode_metrics(torch.randn(5000, 2, generator=rng()), target)
+    assert blurred["high_quality"] < 0.6
+
+
+def test_score_diagnostics_against_closed_forms():
+    """Bank from N(0, 0.5^2), target N(0.3, 0.5^2): the score gap is 0.3 / (0.25 + sigma^2) everywhere."""
+    bank = 0.5 * torch.randn(4000, 2, generator=rng())
+    target = equal_mixture(torch.tensor([[0.3, 0.0]]), 0.5)
+    fake = equal_mixture(torch.tensor([[0.0, 0.0]]), 0.5).denoiser  # a perfect online network
+    teacher = equal_mixture(torch.tensor([[0.0, 0.2]]), 0.5).denoiser  # a wrong teacher
+    out = metrics.score_diagnostics(bank, target, teacher, fake, torch.randn(2000, 2, generator=rng(1)))
+    for s in (0.5, 1.0):
+        total = 0.25 + s**2
+        assert out[f"divergence_{s:g}"] == pytest.approx((0.3 * s / total) ** 2, rel=0.25)
+        assert out[f"gap_{s:g}"] == pytest.approx((0.2 * s / total) ** 2, rel=1e-3)
+        assert out[f"fake_error_{s:g}"] < 0.1 * out[f"divergence_{s:g}"]
+
+
+# --- figures -------------------------------------------------------------------------------------
+
+
+def test_limits_are_fixed_and_equal():
+    scene_figure = plots.Figure()
+    data, field = torch.randn(50, 2), torch.zeros(len(plots.field_points()), 2)
+    scene = plots.Scene(scene_figure, data, field, 1e-3, 100)
+    scene.draw({"step": 3, "samples": data, "field": field}, [{"step": 3, "energy_distance": 0.1}])
+    for ax in scene_figure.axes[:2]:
+        assert ax.get_xlim() == ax.get_ylim() == (-plots.LIMIT, plots.LIMIT) and ax.get_aspect() == 1
+    assert scene.samples.get_offsets().shape == (50, 2)

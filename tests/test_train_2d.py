@@ -1,0 +1,338 @@
+"""The training loop: who moves when, what a checkpoint holds, and the command line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from toy import train_2d
+from toy.config import Config, UserError, check, parse_args, resolve
+from toy.mixtures import make_target
+
+ROOT = Path(__file__).parents[1]
+TINY = dict(steps=12, teacher_steps=5, warmup=3, batch=16, width=8)
+
+
+def config(tmp_path, **changes):
+    return resolve(Config(**TINY | {"out": str(tmp_path / "run")} | changes))
+
+
+def command(tmp_path, *args, **popen):
+    tiny = [word for k, v in TINY.items() for word in (f"--{k.replace('_', '-')}", str(v))]
+    args = [sys.executable, str(ROOT / "toy/train_2d.py"), *tiny, "--out", str(tmp_path / "run"), *map(str, args)]
+    return subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, **popen)
+
+
+def finished(process, timeout=180):
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+
+def copy_of(module):
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+def small_run(tmp_path, **changes):
+    cfg = config(tmp_path, **changes)
+    torch.manual_seed(0)
+    rng, target = torch.Generator().manual_seed(0), make_target(cfg.target)
+    return cfg, target, train_2d.Run(cfg, train_2d.train_teacher(cfg, target, rng), rng)
+
+
+# --- who moves -----------------------------------------------------------------------------------
+
+
+def test_every_network_starts_from_the_teacher(tmp_path):
+    _, _, run = small_run(tmp_path)
+    assert same(copy_of(run.fake), copy_of(run.teacher)) and same(copy_of(run.generator), copy_of(run.teacher))
+
+
+@pytest.mark.parametrize("method", ["sim", "sid", "diff_instruct", "density"])
+def test_only_psi_moves_then_only_theta_and_the_teacher_never(tmp_path, method):
+    # A learning rate of 1e-30 moves no float32 weight: what still moves that network is a leak.
+    for frozen, still, moving in (("fake_lr", "fake", "generator"), ("lr", "generator", "fake")):
+        cfg, target, run = small_run(tmp_path, method=method, steps=2, **{frozen: 1e-30})
+        for p in run.fake.parameters():  # psi = q has nothing to teach theta
+            p.data += 0.1 * torch.randn(p.shape)
+        before = {name: copy_of(getattr(run, name)) for name in ("fake", "generator", "teacher")}
+        train_2d.distill(cfg, run, target, run.teacher, lambda run, losses: None, lambda: False)
+        assert same(copy_of(getattr(run, still)), before[still]), f"{moving}'s update moved {still}"
+        assert not same(copy_of(getattr(run, moving)), before[moving])
+        assert same(copy_of(run.teacher), before["teacher"])
+        assert not any(p.requires_grad for p in run.teacher.parameters())
+
+
+def test_exact_fake_leaves_the_online_network_alone(tmp_path):
+    cfg, target, run = small_run(tmp_path, fake="exact", bank=64)
+    before = copy_of(run.teacher)
+    train_2d.distill(cfg, run, target, run.teacher, lambda run, losses: None, lambda: False)
+    assert same(copy_of(run.fake), before) and not same(copy_of(run.generator), before)
+
+
+def test_moving_average_ramps_up(tmp_path):
+    network = torch.nn.Linear(1, 1, bias=False)
+    ema = train_2d.moving_average(network, 0.9)
+    values = []
+    for value in (1.0, 2.0, 3.0, 4.0):
+        network.weight.data.fill_(value)
+        ema.update_parameters(network)
+        values.append(ema.module.weight.item())
+    by_hand = [1.0]
+    for n, value in enumerate((2.0, 3.0, 4.0), 1):
+        decay = min(0.9, (1 + n) / (10 + n))
+        by_hand.append(decay * by_hand[-1] + (1 - decay) * value)
+    assert values == pytest.approx(by_hand)
+
+
+def test_looking_does_not_change_the_training(tmp_path, monkeypatch):
+    weights = []
+    for logs in (2, 12):
+        monkeypatch.setattr(train_2d, "LOGS", logs)
+        cfg = config(tmp_path, out=str(tmp_path / str(logs)))
+        train_2d.main(cfg)
+        weights.append(torch.load(tmp_path / str(logs) / "checkpoint.pt", weights_only=True)["generator"])
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(distance=name) for name in ("l2", "power", "exp", "l1", "huber")]
+    + [dict(space=space) for space in ("noise", "score")]
+    + [dict(weighting=w) for w in ("edm", "sid")]
+    + [dict(sigma_distribution=s) for s in ("sim", "karras", "pixart", "vp")]
+    + [dict(teacher="exact"), dict(network="vp", sigma_distribution="vp", fake_sigma_distribution="vp")],
+    ids=str,
+)
+def test_every_choice_trains(tmp_path, changes):
+    cfg, target, run = small_run(tmp_path, **changes)
+    before, losses = copy_of(run.generator), []
+    teacher = target.denoiser if cfg.teacher == "exact" else run.teacher
+    train_2d.distill(cfg, run, target, teacher, lambda run, loss: losses.append(loss), lambda: False)
+    assert not same(copy_of(run.generator), before)
+    assert all(v.isfinite() for loss in losses for v in loss.values())
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+def final_state(folder):
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    return {k: v for part in ("generator", "fake", "ema") for k, v in state[part].items()}, state
+
+
+def assert_same_run(a, b):
+    (weights_a, state_a), (weights_b, state_b) = final_state(a), final_state(b)
+    assert state_a["step"] == state_b["step"] and torch.equal(state_a["rng"], state_b["rng"])
+    assert all(torch.equal(weights_a[k], weights_b[k]) for k in weights_a)
+
+
+def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, monkeypatch):
+    whole, broken = (config(tmp_path, out=str(tmp_path / name)) for name in ("whole", "broken"))
+    train_2d.main(whole)
+
+    class Stop:  # asked before every step
+        calls = 0
+
+        def __call__(self):
+            self.calls += 1
+            return self.calls > 5
+
+    distill = train_2d.distill
+    monkeypatch.setattr(train_2d, "distill", lambda *a: distill(*a[:-1], Stop()))
+    assert train_2d.main(broken)["status"] == "interrupted"
+    assert (tmp_path / "broken/final.png").exists() and (tmp_path / "broken/convergence.gif").exists()
+    monkeypatch.setattr(train_2d, "distill", distill)
+    metrics = train_2d.main(resolve(Config(**TINY, out=broken.out, resume=True)))
+    assert metrics["status"] == "finished" and metrics["steps"] == TINY["steps"]
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_process_resumes_to_the_same_bits(tmp_path, number):
+    many = ["--steps", "400"]
+    process = command(tmp_path, *many)
+    log = tmp_path / "run/log.csv"
+    while not log.exists() or len(log.read_text().splitlines()) < 8:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    code, _, _ = finished(process)
+    assert code == {signal.SIGKILL: -9, signal.SIGINT: 130}[number]
+    if number == signal.SIGINT:  # a picture of what there was, and numbers that say what they are
+        assert json.loads((tmp_path / "run/metrics.json").read_text())["status"] == "interrupted"
+        assert (tmp_path / "run/final.png").exists() and (tmp_path / "run/convergence.gif").exists()
+    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] < 400
+    assert finished(command(tmp_path, *many, "--resume"))[0] == 0
+    (tmp_path / "fresh").mkdir()
+    assert finished(command(tmp_path / "fresh", *many))[0] == 0
+    assert_same_run(tmp_path / "run", tmp_path / "fresh/run")
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+def test_a_run_leaves_everything_it_promises(tmp_path):
+    code, out, err = finished(command(tmp_path))
+    assert code == 0, err
+    run = tmp_path / "run"
+    assert {p.name for p in run.iterdir()} == {
+        "checkpoint.pt", "config.json", "convergence.gif", "final.png", "log.csv", "metrics.json", "samples.npz"
+    }  # fmt: skip
+    samples = np.load(run / "samples.npz")
+    for name in ("generator", "teacher", "data"):
+        assert samples[name].shape == (10_000, 2) and samples[name].dtype == np.float32
+    metrics = json.loads((run / "metrics.json").read_text())
+    for name in ("energy_distance", "energy_distance_floor", "teacher_energy_distance", "high_quality", "modes_covered",
+                 "mode_weight_error", "train_seconds", "seed", "versions"):  # fmt: skip
+        assert name in metrics
+    assert metrics["status"] == "finished" and metrics["steps"] == TINY["steps"]
+    header, *rows = (line.split(",") for line in (run / "log.csv").read_text().splitlines())
+    assert {"step", "surrogate", "fake_loss", "generator_gradient", "fake_gradient", "energy_distance", "divergence_0.5",
+            "fake_error_0.5", "gap_0.5", "sample_mean_x", "sample_std_y"} <= set(header)  # fmt: skip
+    assert [row[0] for row in rows] == [str(i) for i in range(TINY["steps"] + 1)]
+    assert Image.open(run / "convergence.gif").n_frames == len(rows)
+    assert json.loads((run / "config.json").read_text())["batch"] == TINY["batch"]
+    assert "modes covered" in out and "step/s" in err
+
+    # samples.npz is one evaluation of the saved average on the seed's latents
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    cfg = resolve(Config(**TINY))
+    network = train_2d.Generator(train_2d.make_denoiser(cfg, make_target("ring")), cfg.sigma_init)
+    network.load_state_dict({k.removeprefix("module."): v for k, v in state["ema"].items() if k != "n_averaged"})
+    z = torch.randn(10_000, 2, generator=torch.Generator().manual_seed(cfg.seed + 2))
+    with torch.no_grad():
+        assert np.abs(network(z).numpy() - samples["generator"]).max() < 1e-6
+
+
+BAD = [
+    (["--target", "mnist"], "mnist"),
+    (["--distance", "lpips"], "lpips"),
+    (["--distance", "power", "--alpha", "3"], "alpha.*3"),
+    (["--c", "0"], "c must.*0"),
+    (["--distance", "l2", "--c", "1"], "l2.*c"),
+    (["--method", "sid", "--c", "1"], "sid.*c"),
+    (["--sigma-init", "-1"], "sigma-init.*-1"),
+    (["--steps", "-5"], "steps.*-5"),
+    (["--steps", "many"], "many"),
+    (["--batch", "0"], "batch.*0"),
+    (["--ema", "1"], "ema.*1"),
+    (["--lr", "nan"], "lr.*nan"),
+    (["--device", "abacus"], "abacus"),
+    (["--nonsense"], "nonsense"),
+    (["--method", "density", "--weighting", "sid"], "density"),
+    (["--resume"], "resume"),
+]
+
+
+@pytest.mark.parametrize("args, message", BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_bad_input_is_one_line_and_exit_2(tmp_path, capsys, monkeypatch, args, message):
+    import re
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        train_2d.cli([*args, "--out", str(tmp_path / "run")])
+    err = capsys.readouterr().err
+    assert error.value.code == 2 and len(err.strip().splitlines()) == 1 and re.search(message, err)
+    assert not list(tmp_path.glob("run/*")), "nothing was written"
+
+
+def test_nothing_is_overwritten(tmp_path):
+    assert finished(command(tmp_path))[0] == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    for args, message in (
+        (["--steps", "13"], "steps 12, not 13"),
+        (["--width", "9", "--resume"], "width 8, not 9"),
+        (["--seed", "1"], "seed 0, not 1"),
+    ):
+        code, _, err = finished(command(tmp_path, *args))
+        assert code == 2 and message in err and len(err.strip().splitlines()) == 1
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "foreign", "shape"])
+def test_damaged_checkpoints_are_refused(tmp_path, damage):
+    cfg = config(tmp_path)
+    train_2d.main(cfg)
+    path = tmp_path / "run/checkpoint.pt"
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:1000])
+    elif damage == "foreign":
+        path.write_text("not a checkpoint")
+    else:
+        state = torch.load(path, weights_only=True)
+        state["generator"] = {k: v[:1] for k, v in state["generator"].items()}
+        torch.save(state, path)
+    with pytest.raises(UserError, match=r"cannot resume from .*checkpoint\.pt"):
+        train_2d.main(resolve(Config(**TINY, out=cfg.out, resume=True)))
+
+
+def test_an_unwritable_folder_is_refused_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="cannot use"):
+        train_2d.main(config(tmp_path, out=str(tmp_path / "file" / "run")))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text("not json")
+    with pytest.raises(UserError, match="cannot use"):
+        train_2d.main(config(tmp_path, out=str(tmp_path / "other")))
+    assert (tmp_path / "file").read_text() == "mine" and (tmp_path / "other/config.json").read_text() == "not json"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_refused(tmp_path):
+    (tmp_path / "run").mkdir(mode=0o500)
+    with pytest.raises(UserError, match="cannot use"):
+        train_2d.main(config(tmp_path))
+
+
+def test_divergence_stops_with_the_last_good_state(tmp_path):
+    metrics = train_2d.main(config(tmp_path, lr=1e30, schedule="constant", steps=40))
+    assert metrics["status"] == "diverged" and metrics["steps"] < 40
+    assert np.isfinite(np.load(tmp_path / "run/samples.npz")["generator"]).all()
+
+
+def test_presets_hold_the_papers_numbers():
+    cfg, _ = parse_args("", ["--preset", "listing1"])
+    assert (cfg.batch, cfg.lr, cfg.fake_lr, cfg.beta2, cfg.fake_updates, cfg.network) == (2000, 1e-3, 1e-3, 0.999, 2, "vp")
+    cfg, _ = parse_args("", ["--preset", "algorithm2", "--lr", "0.5"])
+    assert (cfg.sigma_distribution, cfg.fake_sigma_distribution, cfg.weighting) == ("sim", "edm", "one")
+    assert (cfg.batch, cfg.sigma_init, cfg.beta2, cfg.lr) == (256, 2.5, 0.999, 0.5), "flags override presets"
+
+
+def test_names_of_runs_tell_them_apart():
+    name = lambda *args: resolve(*parse_args("", args)).out
+    assert name() == "out/toy/ring" and name("--target", "grid") == "out/toy/grid"
+    assert name("--preset", "listing1") == "out/toy/ring-listing1"
+    assert name("--seed", "3", "--c", "0.2") == "out/toy/ring-seed_3-c_0.2"
+    assert name("--threads", "1") == "out/toy/ring", "what does not change the result is not in the name"
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit):
+        parse_args("about", ["--help"])
+    text = capsys.readouterr().out
+    assert "about" in text and all(f"--{name.replace('_', '-')}" in text for name in Config.__dataclass_fields__)
+
+
+def test_check_accepts_the_presets():
+    for preset in ("default", "listing1", "algorithm2"):
+        check(resolve(*parse_args("", ["--preset", preset])))
+
+
+def test_show_without_a_display_is_refused(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND")}
+    code, _, err = finished(command(tmp_path, "--show", env=environment))
+    assert code == 2 and "--show" in err and len(err.strip().splitlines()) == 1

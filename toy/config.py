@@ -1,0 +1,154 @@
+"""The settings of a 2-D run: one dataclass, its presets, its command line, its checks."""
+
+import argparse
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+import sim_core as sim
+from toy.mixtures import TARGETS
+
+
+class UserError(Exception):
+    """Something the user can put right: one line, exit code 2."""
+
+
+def option(default, help, choices=None):
+    return field(default=default, metadata={"help": help, "choices": choices and tuple(choices)})
+
+
+SIGMAS = (*sim.SIGMA_DISTRIBUTIONS, "vp")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run.  The fields are the command line, in this order."""
+
+    # what to learn
+    target: str = option("ring", "the distribution to learn", TARGETS)
+    seed: int = option(0, "of everything random")
+    # the generator's loss
+    method: str = option("sim", "density is SIM with theta on the density of xt: right for l1 too, but noisy",
+                         ("sim", "sid", "diff_instruct", "density"))  # fmt: skip
+    distance: str = option("pseudo_huber", "row of Table 4, for sim and density", sim.DISTANCES)
+    c: float = option(None, "where pseudo_huber turns linear, in the units of --space")
+    delta: float = option(None, "where huber turns linear, likewise")
+    alpha: float = option(None, "power of power and exp (even), or the alpha of sid")
+    beta: float = option(None, "scale of exp")
+    space: str = option("denoised", "what the distance compares", sim.SPACES)
+    sigma_distribution: str = option("edm", "noise levels of the generator's update", SIGMAS)
+    weighting: str = option("one", "weight over sigma of the generator's loss", ("one", "edm", "sid"))
+    # the other two networks
+    teacher: str = option("learned", "exact: the target's closed form guides; networks still start from a learned one",
+                          ("learned", "exact"))  # fmt: skip
+    fake: str = option("learned", "exact: no online network; the generator is a bank of latents, its score exact",
+                       ("learned", "exact"))  # fmt: skip
+    bank: int = option(1024, "latents of --fake exact")
+    fake_sigma_distribution: str = option("edm", "noise levels of the online update", SIGMAS)
+    fake_updates: int = option(1, "online updates per generator update")
+    warmup: int = option(200, "online updates before the first generator update")
+    # optimisation
+    steps: int = option(None, "generator updates (default: by target)")
+    batch: int = option(256, "samples per update")
+    lr: float = option(2e-3, "learning rate of the generator")
+    fake_lr: float = option(4e-3, "learning rate of the online network: it must be the faster one")
+    beta2: float = option(0.99, "Adam's second beta for both; the first is 0")
+    schedule: str = option("cosine", "of both learning rates", ("cosine", "constant"))
+    ema: float = option(0.999, "decay of the generator's moving average, which is what gets evaluated")
+    # networks
+    network: str = option("edm", "vp: the plain networks and the process of Listing 1", ("edm", "vp"))
+    width: int = option(128, "hidden units per layer")
+    sigma_init: float = option(2.5, "sigma* of the generator g(z) = D(sigma* z; sigma*)")
+    teacher_steps: int = option(1500, "updates of the teacher, batch 1024")
+    # the machine
+    device: str = option("cpu", "torch device")
+    threads: int = option(0, "CPU threads (0: torch's choice)")
+    out: str = option(None, "folder of the run (default out/toy/NAME: the target and what differs from the defaults)")
+    resume: bool = option(False, "go on from the checkpoint in the run's folder")
+    show: bool = option(False, "watch in a window while it trains")
+
+
+MACHINE = ("device", "threads", "out", "resume", "show")  # these do not change what is computed
+STEPS = {"ring": 5000}  # per target; others:
+OTHER_STEPS = 10_000
+PRESETS = {
+    "default": {},
+    # Listing 1: VP, T = 1000, eps-network on cat[xt, t/T], g^2 weight; no warm-up, schedule or EMA.
+    "listing1": dict(network="vp", sigma_distribution="vp", fake_sigma_distribution="vp", fake_updates=2, batch=2000,
+                     lr=1e-3, fake_lr=1e-3, beta2=0.999, warmup=0, schedule="constant", ema=0.0),
+    # Algorithm 2 and Table 5; its learning rate 1e-5 is for pre-trained U-Nets, a small MLP needs 1e-3.
+    "algorithm2": dict(sigma_distribution="sim", lr=1e-3, fake_lr=1e-3, beta2=0.999, warmup=0, schedule="constant"),
+}  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def parse_args(description, argv=None):
+    """Command line -> (Config, name of the run)."""
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="default", help="a set of defaults for all that follows")
+    for f in dataclasses.fields(Config):
+        flag = "--" + f.name.replace("_", "-")
+        if f.type is bool:
+            parser.add_argument(flag, action="store_true", help=f.metadata["help"])
+        else:
+            help = f.metadata["help"] + ("" if f.default is None else " (default %(default)s)")
+            parser.add_argument(flag, type=f.type, default=f.default, choices=f.metadata["choices"], help=help)
+    parser.set_defaults(**PRESETS[parser.parse_known_args(argv)[0].preset])
+    args = vars(parser.parse_args(argv))
+    preset = args.pop("preset")
+    return Config(**args), preset
+
+
+def resolve(cfg, preset="default"):
+    """Fill in what depends on other settings: steps by target, out by all that differs from the preset."""
+    usual = dataclasses.asdict(dataclasses.replace(Config(), **PRESETS[preset]))
+    changed = [f"{k}_{v:g}" if isinstance(v, float) else f"{k}_{v}" for k, v in dataclasses.asdict(cfg).items()
+               if v != usual[k] and k not in MACHINE and k != "target"]  # fmt: skip
+    name = "-".join([cfg.target, *([preset] if preset != "default" else []), *changed])
+    return dataclasses.replace(cfg, steps=STEPS.get(cfg.target, OTHER_STEPS) if cfg.steps is None else cfg.steps,
+                               out=cfg.out or f"out/toy/{name}")  # fmt: skip
+
+
+def check(cfg):
+    """Refuse impossible settings before any work, each by its name.  Raises UserError."""
+    flag = lambda name: f"--{name.replace('_', '-')}"
+    for names, fits, rule in (
+        (("steps", "batch", "bank", "fake_updates", "width", "teacher_steps"), lambda v: v >= 1, "at least 1"),
+        (("seed", "warmup", "threads"), lambda v: v >= 0, "0 or more"),
+        (("lr", "fake_lr", "sigma_init"), lambda v: 0 < v < math.inf, "positive"),
+        (("ema", "beta2"), lambda v: 0 <= v < 1, "in [0, 1)"),
+    ):
+        for name in names:
+            if not fits(getattr(cfg, name)):
+                raise UserError(f"{flag(name)} must be {rule}, got {getattr(cfg, name)}")
+    if cfg.method == "density" and cfg.weighting != "one":
+        raise UserError("--method density takes no --weighting")
+    try:
+        surrogate(cfg)
+        torch.empty(0, device=cfg.device)
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise UserError(str(error).splitlines()[0]) from None
+    if cfg.show:
+        from matplotlib import pyplot
+
+        if pyplot.get_backend().lower() == "agg":  # what matplotlib falls back on without a screen
+            raise UserError("--show needs a display; without one, look at convergence.gif afterwards")
+
+
+def surrogate(cfg):
+    """--method and --distance as sim_core.generator_loss takes them."""
+    given = {name: getattr(cfg, name) for name in ("c", "delta", "alpha", "beta") if getattr(cfg, name) is not None}
+    if cfg.method in ("sid", "diff_instruct"):
+        if unfit := set(given) - ({"alpha"} if cfg.method == "sid" else set()):
+            raise ValueError(f"--method {cfg.method} does not take {', '.join(sorted(unfit))}")
+        return partial(sim.sid_loss, **given) if cfg.method == "sid" else sim.diff_instruct_loss
+    return sim.make_distance(cfg.distance, **given)

@@ -1,0 +1,211 @@
+"""A run's folder: what is measured on the way, written at the end, and read to go on."""
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import pickle
+import platform
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from toy import plots
+from toy.config import MACHINE, UserError
+from toy.metrics import (
+    SIGMAS,
+    energy_distance,
+    energy_floor,
+    mean_distance,
+    mode_metrics,
+    sample_law,
+    score_diagnostics,
+)
+from toy.sampler import heun
+
+N_FINAL, N_LOG, N_PROBE = 10_000, 2000, 256  # samples behind metrics.json, a row of the log, its score errors
+LAG = 0.1  # squared error of the noise prediction (of 2 in the plane) above which a lag of the online network is told
+
+
+class Diverged(Exception):
+    """Training left the finite numbers."""
+
+
+# ------------------------------------------------------------------------------------------------
+# The folder.
+
+
+@contextmanager
+def replacing(path):
+    """Write to a neighbour, then rename: neither a reader nor a crash meets half a file."""
+    temporary = path.with_name("tmp-" + path.name)
+    yield temporary
+    os.replace(temporary, path)
+
+
+def settings(cfg):
+    """What decides the numbers of a run."""
+    return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in MACHINE}
+
+
+def differences(found, cfg):
+    return "; ".join(f"{k} {found.get(k)!r}, not {v!r}" for k, v in settings(cfg).items() if found.get(k) != v)
+
+
+def open_folder(cfg):
+    """Make the run's folder and its config.json.  UserError if it cannot be written or holds another run."""
+    path = Path(cfg.out) / "config.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and (other := differences(json.loads(path.read_text()), cfg)):
+            raise UserError(f"{cfg.out} holds another run ({other}); choose another --out")
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(settings(cfg), indent=1) + "\n")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"cannot use {cfg.out} as a run's folder: {error}") from None
+
+
+def load_checkpoint(cfg):
+    """The state in the folder's checkpoint.pt.  UserError if it is missing, damaged, or of other settings."""
+    path = Path(cfg.out) / "checkpoint.pt"
+    try:
+        state = torch.load(path, map_location=cfg.device, weights_only=True)
+        other = differences(state["config"], cfg)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"cannot resume from {path}: {str(error).splitlines()[0]}") from None
+    if other:
+        raise UserError(f"{path} is of other settings ({other})")
+    return state
+
+
+# ------------------------------------------------------------------------------------------------
+# On the way.
+
+
+def gradient_norm(network):
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients).item() if gradients else 0.0
+
+
+class Log:
+    """Called now and then with the run: measures, warns in plain words, shows, saves.
+
+    Its random numbers are its own, so looking does not change the training.
+    """
+
+    def __init__(self, cfg, target, teacher, progress, seconds):
+        self.cfg, self.target, self.teacher, self.progress = cfg, target, teacher, progress
+        self.start, self.warned = time.perf_counter() - seconds, set()
+        rng = torch.Generator(cfg.device).manual_seed(cfg.seed + 1)
+        self.data = target.sample(N_LOG, rng)
+        self.z, self.noise = (torch.randn(n, 2, generator=rng, device=cfg.device) for n in (N_LOG, N_PROBE))
+        self.within_data = mean_distance(self.data)
+        self.floor = energy_floor(N_LOG, N_LOG, self.within_data)
+        self.points = plots.field_points().to(cfg.device)
+        self.field_sigma = torch.full((len(self.points),), plots.FIELD_SIGMA, device=cfg.device)
+        self.scene = self.data.cpu(), teacher(self.points, self.field_sigma).cpu(), self.floor, cfg.steps
+        self.window = plots.Window(*self.scene) if cfg.show else None
+
+    def seconds(self):
+        return time.perf_counter() - self.start
+
+    @torch.no_grad()
+    def __call__(self, run, losses):
+        losses = {name: loss.item() for name, loss in losses.items()}
+        norms = {"generator_gradient": gradient_norm(run.generator), "fake_gradient": gradient_norm(run.fake)}
+        samples, now = run.ema(self.z), run.generator(self.z)
+        if not all(map(math.isfinite, [*losses.values(), *norms.values(), samples.sum().item(), now.sum().item()])):
+            found = ", ".join(f"{k} {v:.3g}" for k, v in (losses | norms).items())
+            raise Diverged(f"no longer finite at step {run.step} ({found}); lower --lr or raise --fake-updates")
+        fake = sample_law(run.generator(run.bank)).denoiser if self.cfg.fake == "exact" else run.fake
+        row = {"step": run.step, "seconds": self.seconds(), "fake_loss": math.nan, "surrogate": math.nan}
+        row |= losses | norms
+        row["energy_distance"] = energy_distance(samples, self.data, self.within_data)
+        row |= mode_metrics(samples, self.target)
+        row |= score_diagnostics(now, self.target, self.teacher, fake, self.noise)
+        for name, values in (("mean", samples.mean(0)), ("std", samples.std(0))):
+            row[f"sample_{name}_x"], row[f"sample_{name}_y"] = values.tolist()
+        run.history.append(row)
+        field = fake(self.points, self.field_sigma)
+        run.snapshots.append({"step": run.step, "samples": samples.cpu(), "field": field.cpu()})
+        self.warn(run.history)
+        self.progress.set_postfix_str(f"energy {row['energy_distance']:.4f} (floor {self.floor:.4f}), "
+                                      f"sharp {row['high_quality']:.1%}, modes {row['modes_covered']}/{row['modes']}",
+                                      refresh=False)  # fmt: skip
+        self.progress.update(run.step - self.progress.n)
+        if self.window:
+            self.window.draw(run.snapshots[-1], run.history)
+        self.save(run)
+
+    def warn(self, history):
+        """Say it, once, when a run goes wrong in one of the usual ways."""
+        row = history[-1]
+        error, true = (sum(row[f"{key}_{s:g}"] for s in SIGMAS) / len(SIGMAS) for key in ("fake_error", "divergence"))
+        lost = max(r["modes_covered"] for r in history) - row["modes_covered"]
+        settled = row["step"] >= self.cfg.steps // 5
+        for name, bad, advice in (
+            ("lag", error > LAG and error > true / 2, "the online network lags behind the generator, and the signal is "
+             "mostly its error: raise --fake-updates or --fake-lr, or lower --lr"),
+            ("modes", settled and lost, f"{lost} modes have vanished: lower --lr or raise --fake-updates"),
+            ("away", settled and row["energy_distance"] > 2 * history[0]["energy_distance"],
+             "the samples move away from the target: lower --lr or raise --fake-updates"),
+        ):  # fmt: skip
+            if bad and name not in self.warned:
+                self.progress.write(f"warning, step {row['step']}: {advice}", file=sys.stderr)
+                self.warned.add(name)
+
+    def save(self, run):
+        out = Path(self.cfg.out)
+        with replacing(out / "checkpoint.pt") as path:
+            torch.save({"config": settings(self.cfg), **run.state_dict()}, path)
+        with replacing(out / "log.csv") as path, open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, run.history[0].keys())
+            writer.writeheader()
+            for row in run.history:
+                writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+# ------------------------------------------------------------------------------------------------
+# At the end.
+
+
+def finish(cfg, run, log, status):
+    """Write samples.npz, final.png, convergence.gif and metrics.json; return the metrics."""
+    out, seconds = Path(cfg.out), log.seconds()
+    rng = torch.Generator(cfg.device).manual_seed(cfg.seed + 2)
+    z = torch.randn(N_FINAL, 2, generator=rng, device=cfg.device)
+    data = log.target.sample(N_FINAL, rng)
+    with torch.no_grad():
+        samples, teacher = run.ema(z), heun(log.teacher, z)
+    within_data = mean_distance(data)
+    metrics = {
+        "target": cfg.target,
+        "seed": cfg.seed,
+        "status": status,
+        "steps": run.step,
+        "train_seconds": seconds,
+        "energy_distance": energy_distance(samples, data, within_data),
+        "energy_distance_floor": energy_floor(N_FINAL, N_FINAL, within_data),
+        "teacher_energy_distance": energy_distance(teacher, data, within_data),
+        "teacher_high_quality": mode_metrics(teacher, log.target)["high_quality"],
+        **mode_metrics(samples, log.target),
+        **{k: v for k, v in run.history[-1].items() if k.startswith(("divergence", "fake_error", "gap"))},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+    }
+    points = {"generator": samples.cpu().numpy(), "teacher": teacher.cpu().numpy(), "data": data.cpu().numpy()}
+    with replacing(out / "samples.npz") as path:
+        np.savez_compressed(path, **points)
+    titles = f"target: {cfg.target}", "teacher, 79 evaluations", "generator, 1 evaluation"
+    panels = {title: points[name] for title, name in zip(titles, ("data", "teacher", "generator"))}
+    with replacing(out / "final.png") as path:
+        plots.final_figure(panels, run.history, log.floor).savefig(path, dpi=90)
+    with replacing(out / "convergence.gif") as path:
+        plots.convergence_gif(path, run.snapshots, run.history, log.scene)
+    with replacing(out / "metrics.json") as path:
+        path.write_text(json.dumps(metrics, indent=1) + "\n")
+    return metrics

@@ -1,0 +1,86 @@
+"""How far are these samples from the target, and is the online network keeping up?"""
+
+import torch
+
+from toy.mixtures import Mixture
+
+SIGMAS = (0.1, 0.2, 0.5, 1.0)  # where scores are compared
+
+
+def mean_distance(x, y=None, chunk=2000):
+    """E|X - Y| over all pairs of two samples (n, D), (m, D); within one sample if y is None."""
+    if y is None:
+        return 2 * torch.pdist(x).sum(dtype=torch.float64).item() / len(x) ** 2
+    return sum(torch.cdist(part, y).sum(dtype=torch.float64) for part in x.split(chunk)).item() / (len(x) * len(y))
+
+
+def energy_distance(x, y, within_y=None):
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'| between two samples (n, D), (m, D); 0 only if the laws agree.
+
+    All pairs count, X = X' too (a V-statistic), so two samples of one law are `energy_floor` apart
+    on average.  within_y: `mean_distance(y)` where it is known already.
+    """
+    return 2 * mean_distance(x, y) - mean_distance(x) - (mean_distance(y) if within_y is None else within_y)
+
+
+def energy_floor(n, m, within):
+    """Expected `energy_distance` of n samples from m others of one law: (1/n + 1/m) E|X - X'|.
+
+    within: `mean_distance` of the m, whose zero distances from themselves are corrected for.
+    """
+    return (1 / n + 1 / m) * within * m / (m - 1)
+
+
+def mode_metrics(x, target):
+    """Where samples x (n, D) lie among the target's modes.
+
+    high_quality       share within 3 std of a component's mean (0.989 of a 2-D Gaussian is)
+    modes_covered      modes that hold at least a tenth of their weight in high-quality samples
+    modes              how many there are
+    mode_weight_error  total variation between the modes' weights and the samples' shares, each
+                       sample counted for its nearest component: 0 best, 1 worst
+    """
+    distance = torch.cdist(x, target.means) / target.stds
+    nearest = distance.min(1)
+    n_modes = int(target.modes.max()) + 1
+    share = torch.bincount(target.modes[nearest.indices], minlength=n_modes) / len(x)
+    good = torch.bincount(target.modes[nearest.indices[nearest.values <= 3]], minlength=n_modes) / len(x)
+    weights = x.new_zeros(n_modes).index_add_(0, target.modes, target.weights)
+    return {
+        "high_quality": good.sum().item(),
+        "modes_covered": int((good >= 0.1 * weights).sum()),
+        "modes": n_modes,
+        "mode_weight_error": 0.5 * (share - weights).abs().sum().item(),
+    }
+
+
+def sample_law(samples):
+    """Samples (K, D) as a mixture of K points, whose diffusion is exact: the generator's own law."""
+    K = len(samples)
+    return Mixture(samples, samples.new_zeros(K), samples.new_full((K,), 1 / K))
+
+
+@torch.no_grad()
+def score_diagnostics(bank, target, teacher, fake, noise):
+    """The generator against target, teacher and online network, at each of SIGMAS.
+
+    bank (K, D): samples of the generator, whose exact diffusion stands in for p_theta,t; noise:
+    (n, D), n <= K, the points probed.  All are mean squared distances between scores times
+    sigma^2, i.e. between predictions of the unit noise:
+
+    divergence_S   E|s_p - s_target|^2      the true distance that SIM descends
+    fake_error_S   E|s_psi - s_p|^2         what the online network gets wrong
+    gap_S          E|s_psi - s_teacher|^2   what training can see of it: |D_psi - D_q|^2 / sigma^2
+    """
+    law, out = sample_law(bank), {}
+    for s in SIGMAS:
+        sigma = noise.new_full((len(noise),), s)
+        xt = bank[: len(noise)] + s * noise
+        exact, psi = law.denoiser(xt, sigma), fake(xt, sigma)
+        for name, other, one in (
+            ("divergence", exact, target.denoiser(xt, sigma)),
+            ("fake_error", psi, exact),
+            ("gap", psi, teacher(xt, sigma)),
+        ):
+            out[f"{name}_{s:g}"] = ((one - other).square().sum(1).mean() / s**2).item()
+    return out

@@ -1,0 +1,160 @@
+"""Gaussian mixtures whose density, score and denoiser are exact at every noise level.
+
+A mixture sum_k w_k N(m_k, s_k^2 I), blurred by N(0, sigma^2 I), is again a mixture with
+variances s_k^2 + sigma^2: so all that a diffusion model has to learn is known here in closed
+form.  `TARGETS` maps names to 2-D examples; `make_target` builds one.
+"""
+
+import math
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """sum_k weights_k N(means_k, stds_k^2 I) in D dimensions, K components.
+
+    means (K, D), stds (K,) in data units, weights (K,) summing to 1.  modes (K,) says which
+    visible blob, arm or letter a component belongs to, for those who count them.
+    Every function of (xt, sigma) takes (B, D) and (B,), and gradient flows through everything.
+    """
+
+    means: Tensor
+    stds: Tensor
+    weights: Tensor
+    modes: Tensor | None = None
+
+    def _posterior(self, xt, sigma):
+        """Component variances at sigma, (B, K), and unnormalised log posteriors, (B, K)."""
+        variance = self.stds**2 + sigma[:, None] ** 2
+        squares = (xt**2).sum(1, keepdim=True) - 2 * xt @ self.means.T + (self.means**2).sum(1)
+        logits = self.weights.log() - squares / (2 * variance) - xt.shape[1] / 2 * variance.log()
+        return variance, logits
+
+    def log_density(self, xt, sigma):
+        """log p(xt; sigma) -> (B,)."""
+        _, logits = self._posterior(xt, sigma)
+        return logits.logsumexp(1) - xt.shape[1] / 2 * math.log(2 * math.pi)
+
+    def score(self, xt, sigma):
+        """grad_xt log p(xt; sigma) -> (B, D): posterior mean of (m_k - xt) / (s_k^2 + sigma^2)."""
+        variance, logits = self._posterior(xt, sigma)
+        share = logits.softmax(1) / variance
+        return (share[:, :, None] * (self.means - xt[:, None])).sum(1)  # differences first: no cancellation
+
+    def denoiser(self, xt, sigma):
+        """E[x0 | xt] -> (B, D), by Tweedie."""
+        return xt + sigma[:, None] ** 2 * self.score(xt, sigma)
+
+    def sample(self, n, generator=None):
+        """n draws, (n, D), on the generator's device (which must be the mixture's)."""
+        k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        like = {"device": self.means.device, "dtype": self.means.dtype}
+        return self.means[k] + self.stds[k, None] * torch.randn(n, self.means.shape[1], generator=generator, **like)
+
+    def data_std(self):
+        """Root mean variance per coordinate: what EDM calls sigma_data."""
+        centre = self.weights @ self.means
+        variance = self.weights @ (self.stds**2 + ((self.means - centre) ** 2).mean(1))
+        return variance.sqrt().item()
+
+    def to(self, device):
+        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+
+def equal_mixture(means, std, modes=None):
+    """Equal weights, one std.  std: float."""
+    means = torch.as_tensor(means, dtype=torch.float32)
+    K = len(means)
+    modes = torch.arange(K) if modes is None else torch.as_tensor(modes)
+    return Mixture(means, torch.full((K,), float(std)), torch.full((K,), 1 / K), modes)
+
+
+def _circle(n, radius=1.0, turn=0.0):
+    angle = 2 * math.pi * (torch.arange(n) + turn) / n
+    return radius * torch.stack([angle.cos(), angle.sin()], 1)
+
+
+def ring():
+    """8 Gaussians, radius 1, std 0.1."""
+    return equal_mixture(_circle(8), 0.1)
+
+
+def grid():
+    """5 x 5 Gaussians, spacing 0.6, std 0.05."""
+    ticks = 0.6 * (torch.arange(5) - 2.0)
+    return equal_mixture(torch.cartesian_prod(ticks, ticks), 0.05)
+
+
+def two_rings():
+    """5 Gaussians at radius 0.45 and 10 at radius 1.2, std 0.08."""
+    return equal_mixture(torch.cat([_circle(5, 0.45), _circle(10, 1.2, turn=0.5)]), 0.08)
+
+
+def pinwheel():
+    """5 curved arms of 12 Gaussians, std 0.05; a mode is an arm."""
+    radius = torch.linspace(0.3, 1.3, 12)
+    arms = torch.arange(5).repeat_interleave(12)
+    angle = 2 * math.pi * arms / 5 + 0.9 * radius.repeat(5)
+    return equal_mixture(radius.repeat(5)[:, None] * torch.stack([angle.cos(), angle.sin()], 1), 0.05, arms)
+
+
+def _empirical(points, modes):
+    """2,000 points of scikit-learn, centred, scaled to std 0.7 a coordinate, each a Gaussian of std 0.05."""
+    points = torch.as_tensor(points, dtype=torch.float32)
+    points = points - points.mean(0)
+    return equal_mixture(0.7 * points / points.square().mean().sqrt(), 0.05, modes)
+
+
+def moons():
+    """scikit-learn's two moons as 2,000 kernels, std 0.05."""
+    from sklearn.datasets import make_moons
+
+    return _empirical(*make_moons(2000, noise=0.0, random_state=0))
+
+
+def circles():
+    """scikit-learn's two circles as 2,000 kernels, std 0.05."""
+    from sklearn.datasets import make_circles
+
+    return _empirical(*make_circles(2000, noise=0.0, factor=0.5, random_state=0))
+
+
+def swiss_roll():
+    """scikit-learn's Swiss roll, seen from the side, as 2,000 kernels, std 0.05; one mode."""
+    from sklearn.datasets import make_swiss_roll
+
+    return _empirical(make_swiss_roll(2000, noise=0.0, random_state=0)[0][:, [0, 2]], [0] * 2000)
+
+
+def checkerboard():
+    """8 squares of side 0.6, each 8 x 8 Gaussians of std 0.04; a mode is a square."""
+    cells = torch.tensor([(i, j) for i in range(4) for j in range(4) if (i + j) % 2 == 0])
+    inside = (torch.arange(8) + 0.5) / 8
+    corners = cells.repeat_interleave(64, 0) - 2 + torch.cartesian_prod(inside, inside).repeat(8, 1)
+    return equal_mixture(0.6 * corners, 0.04, torch.arange(8).repeat_interleave(64))
+
+
+def letters():
+    """The word SIM, drawn with Gaussians of std 0.04; a mode is a letter."""
+    bend = torch.linspace(0.25, 1.5, 16) * math.pi
+    top = torch.stack([bend.cos(), bend.sin()], 1) * 0.3 + torch.tensor([0.0, 0.3])
+    s = torch.cat([top, -top.flip(0)[1:]]) - torch.tensor([1.15, 0.0])
+    line = lambda a, b, n: torch.lerp(torch.tensor(a), torch.tensor(b), torch.linspace(0, 1, n)[:, None])
+    i = line([-0.45, -0.6], [-0.45, 0.6], 15)
+    m = [(0.05, -0.6), (0.05, 0.6), (0.65, -0.2), (1.25, 0.6), (1.25, -0.6)]
+    m = torch.cat([line(a, b, 15 if a[0] == b[0] else 12) for a, b in zip(m, m[1:])])
+    modes = torch.tensor([0] * len(s) + [1] * len(i) + [2] * len(m))
+    return equal_mixture(torch.cat([s, i, m]), 0.04, modes)
+
+
+TARGETS = {f.__name__: f for f in (ring, grid, two_rings, pinwheel, moons, circles, swiss_roll, checkerboard, letters)}
+
+
+def make_target(name):
+    """The mixture of that name, float32 on the CPU.  ValueError for an unknown name."""
+    if name not in TARGETS:
+        raise ValueError(f"unknown target {name!r}; choose from {', '.join(TARGETS)}")
+    return TARGETS[name]()

@@ -1,0 +1,104 @@
+"""Small networks for points in the plane.  The denoisers are called as denoiser(xt, sigma)."""
+
+import math
+
+import torch
+from torch import nn
+
+
+class Denoiser(nn.Module):
+    """An MLP in EDM's preconditioning: D(xt; sigma) = c_skip xt + c_out F(c_in xt, ln(sigma)/4).
+
+    Each hidden layer is scaled and shifted by a function of sigma, as in the U-Nets of the field
+    (without it a plain MLP is several times farther from the true denoiser).  xt (B, dim),
+    sigma (B,) -> (B, dim).  sigma_data is the data's standard deviation per coordinate.
+    """
+
+    def __init__(self, dim=2, width=128, depth=3, sigma_data=0.5):
+        super().__init__()
+        self.sigma_data, self.depth = sigma_data, depth
+        self.register_buffer("frequencies", math.pi * torch.linspace(0.25, 4.0, 8))
+        self.embed = nn.Linear(1 + 2 * 8, 2 * depth * width)
+        self.layers = nn.ModuleList(nn.Linear(dim if i == 0 else width, width) for i in range(depth))
+        self.out = nn.Linear(width, dim)
+        nn.init.zeros_(self.out.weight)  # starts as the best linear denoiser, F = 0
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, xt, sigma):
+        s, d = sigma[:, None], self.sigma_data
+        c_in = (s**2 + d**2).rsqrt()
+        noise_level = s.log() / 4
+        angle = noise_level * self.frequencies
+        embedding = self.embed(torch.cat([noise_level, angle.sin(), angle.cos()], 1)).chunk(2 * self.depth, 1)
+        h = c_in * xt
+        for layer, scale, shift in zip(self.layers, embedding[::2], embedding[1::2]):
+            h = nn.functional.silu(torch.addcmul(shift, layer(h), 1 + scale))
+        return (d * c_in) ** 2 * xt + s * d * c_in * self.out(h)
+
+
+class Generator(nn.Module):
+    """The one-step generator x0 = g(z) = D(sigma_init z; sigma_init), z ~ N(0, I) (B.4).
+
+    Give it a copy of the teacher: one network evaluation, teacher's weights to start from.
+    """
+
+    def __init__(self, denoiser, sigma_init=2.5):
+        super().__init__()
+        self.denoiser, self.sigma_init = denoiser, sigma_init
+
+    def forward(self, z):
+        return self.denoiser(self.sigma_init * z, z.new_full((len(z),), self.sigma_init))
+
+
+def mlp(sizes):
+    """Linear layers of these sizes with SiLU between."""
+    layers = [module for i, o in zip(sizes, sizes[1:]) for module in (nn.Linear(i, o), nn.SiLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+# ------------------------------------------------------------------------------------------------
+# Listing 1 works in the VP process x_vp = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise, t = 1..T-1.
+# Dividing by sqrt(abar_t) gives the EDM form with sigma_t = sqrt((1 - abar_t) / abar_t).
+
+VP_STEPS = 1000  # T
+
+
+def vp_betas():
+    """The linear schedule of DDPM, (T,): 1e-4 to 0.02."""
+    return torch.linspace(1e-4, 0.02, VP_STEPS, dtype=torch.float64)
+
+
+def vp_sigmas():
+    """sigma_t for t = 0..T-1, (T,) float32, increasing from 0.01 to 157."""
+    abar = (1 - vp_betas()).cumprod(0)
+    return ((1 - abar) / abar).sqrt().float()
+
+
+def vp_sigma(n, *, generator=None):
+    """n draws of sigma_t with t uniform on 1..T-1 (Listing 1)."""
+    device = generator.device if generator else None
+    return vp_sigmas().to(device)[torch.randint(1, VP_STEPS, (n,), generator=generator, device=device)]
+
+
+def vp_weight(sigma):
+    """Listing 1's weight T g^2 on VP score errors, for denoised errors: T beta_t (1 + sigma^2) / sigma^4.
+
+    A score in VP coordinates is sqrt(1 + sigma^2) times the EDM one, and g^2 = beta_t.
+    """
+    t = torch.searchsorted(vp_sigmas().to(sigma), sigma.contiguous()).clamp_max(VP_STEPS - 1)
+    beta = vp_betas().to(sigma)[t]
+    return VP_STEPS * beta * (1 + sigma**2) / sigma**4
+
+
+class VPDenoiser(nn.Module):
+    """An epsilon-network on cat[x_vp, t/T] as a denoiser: D = xt - sigma eps(xt / sqrt(1 + sigma^2), t(sigma))."""
+
+    def __init__(self, dim=2, width=128, depth=3):
+        super().__init__()
+        self.epsilon = mlp([dim + 1] + [width] * depth + [dim])
+        self.register_buffer("sigmas", vp_sigmas())
+
+    def forward(self, xt, sigma):
+        t = torch.searchsorted(self.sigmas, sigma.contiguous()).clamp_max(VP_STEPS - 1)
+        s = sigma[:, None]
+        return xt - s * self.epsilon(torch.cat([xt * (1 + s**2).rsqrt(), t[:, None] / VP_STEPS], 1))

@@ -1,0 +1,248 @@
+"""Distil a 2-D diffusion model into a one-step generator by Score Implicit Matching.
+
+    python toy/train_2d.py                           # the default: a ring, about a minute
+    python toy/train_2d.py --target grid             # 25 modes, some minutes
+    python toy/train_2d.py --distance l2 --seed 3    # another row of Table 4
+    python toy/train_2d.py --fake exact              # no online network: its score in closed form
+    python toy/train_2d.py --preset listing1         # the paper's pseudo-code, made to run
+
+A teacher learns the target by denoising score matching and is copied into the generator and the
+online ("fake") network; then the two losses of sim_core alternate.  What a run learns is in its
+folder: convergence.gif and final.png to look at, log.csv, metrics.json and samples.npz to compute
+with, checkpoint.pt to go on from (--resume).  Ctrl-C stops early and still writes them all.
+"""
+
+import copy
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
+
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+import sim_core as sim
+from toy.config import UserError, check, parse_args, resolve, surrogate
+from toy.logbook import Diverged, Log, finish, load_checkpoint, open_folder
+from toy.metrics import sample_law
+from toy.mixtures import make_target
+from toy.networks import Denoiser, Generator, VPDenoiser, mlp, vp_sigma, vp_weight
+
+LOGS = 50  # rows of the log, frames of the movie
+
+
+def sigma_sampler(name, rng):
+    return partial(vp_sigma if name == "vp" else sim.SIGMA_DISTRIBUTIONS[name], generator=rng)
+
+
+def optimiser_and_schedule(network, lr, steps, betas, schedule="cosine"):
+    optimiser = torch.optim.Adam(network.parameters(), lr=lr, betas=betas, fused=True)
+    return optimiser, CosineAnnealingLR(optimiser, steps, eta_min=0.05 * lr if schedule == "cosine" else lr)
+
+
+def moving_average(network, decay):
+    """Exponential, at first over what there is: decay grows as (1 + n) / (10 + n) up to its value."""
+
+    def update(averages, parameters, n):
+        torch._foreach_lerp_(averages, parameters, 1 - min(decay, (1 + n.item()) / (10 + n.item())))
+
+    return AveragedModel(network, multi_avg_fn=torch.no_grad()(update))
+
+
+def update(optimiser, loss):
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+
+
+def make_denoiser(cfg, target):
+    vp = cfg.network == "vp"
+    network = VPDenoiser(width=cfg.width) if vp else Denoiser(width=cfg.width, sigma_data=target.data_std())
+    return network.to(cfg.device)
+
+
+def score_matching_weight(cfg, target):
+    """Of the teacher's and the online network's loss: lambda_EDM (B.7), or Listing 1's T g^2."""
+    return vp_weight if cfg.network == "vp" else partial(sim.edm_weight, sigma_data=target.data_std())
+
+
+def train_teacher(cfg, target, rng, batch=1024, lr=5e-3):
+    """Denoising score matching (B.2) -> the moving average of the network, frozen."""
+    network = make_denoiser(cfg, target)
+    ema = moving_average(network, 1 - 1 / max(1, 0.02 * cfg.teacher_steps))
+    optimiser, schedule = optimiser_and_schedule(network, lr, cfg.teacher_steps, (0.9, 0.99))
+    draw_sigma, weight = sigma_sampler(cfg.fake_sigma_distribution, rng), score_matching_weight(cfg, target)
+    for _ in tqdm(range(cfg.teacher_steps), desc="teacher", unit="step", mininterval=0.5):
+        x0, sigma = target.sample(batch, rng), draw_sigma(batch)
+        noise = torch.randn(x0.shape, generator=rng, device=cfg.device)
+        update(optimiser, sim.fake_loss(network, x0, sigma, noise, weight(sigma)).mean())
+        schedule.step()
+        ema.update_parameters(network)
+    return ema.module.requires_grad_(False)
+
+
+class Run:
+    """What training moves, and so what a checkpoint holds."""
+
+    MODULES = ("teacher", "fake", "generator", "ema", "optimiser", "schedule", "fake_optimiser", "fake_schedule")
+    VALUES = ("step", "bank", "history", "snapshots")
+
+    def __init__(self, cfg, teacher, rng):
+        self.teacher, self.rng, self.step = teacher, rng, 0
+        self.fake = copy.deepcopy(teacher).requires_grad_(True)
+        if cfg.network == "vp":  # Listing 1's generator is a plain network of its own
+            self.generator = mlp([2] + [cfg.width] * 3 + [2]).to(cfg.device)
+        else:
+            self.generator = Generator(copy.deepcopy(teacher).requires_grad_(True), cfg.sigma_init)
+        self.ema = moving_average(self.generator, cfg.ema)
+        how = cfg.steps, (0.0, cfg.beta2), cfg.schedule
+        self.optimiser, self.schedule = optimiser_and_schedule(self.generator, cfg.lr, *how)
+        self.fake_optimiser, self.fake_schedule = optimiser_and_schedule(self.fake, cfg.fake_lr, *how)
+        self.bank = torch.randn(cfg.bank, 2, generator=rng, device=cfg.device)  # latents of --fake exact
+        self.history, self.snapshots = [], []  # rows of the log, frames of the movie
+
+    def state_dict(self):
+        modules = {name: getattr(self, name).state_dict() for name in self.MODULES}
+        return modules | {name: getattr(self, name) for name in self.VALUES} | {"rng": self.rng.get_state()}
+
+    def load_state_dict(self, state):
+        for name in self.MODULES:
+            getattr(self, name).load_state_dict(state[name])
+        for name in self.VALUES:
+            setattr(self, name, state[name])
+        self.rng.set_state(state["rng"].cpu())
+
+
+def distill(cfg, run, target, teacher, log, stop):
+    """Alternate the two updates until cfg.steps, or until stop(); log(run, losses) every now and then."""
+    rng, batch = run.rng, cfg.batch
+    draw_sigma, draw_fake_sigma = (sigma_sampler(n, rng) for n in (cfg.sigma_distribution, cfg.fake_sigma_distribution))
+    fake_weight, sigma_data = score_matching_weight(cfg, target), target.data_std()
+    edm_weight = lambda x0, denoised, sigma, space: sim.edm_weight(sigma, sigma_data)
+    weight = {"one": 1.0, "edm": edm_weight, "sid": sim.sid_weight}[cfg.weighting]
+    loss_of = sim.density_loss if cfg.method == "density" else partial(sim.generator_loss, weight=weight)
+    distance, learned = surrogate(cfg), cfg.fake == "learned"
+
+    def normal():
+        return torch.randn(batch, 2, generator=rng, device=cfg.device)
+
+    def update_fake():
+        """psi: denoise the generator's samples."""
+        with torch.no_grad():
+            x0 = run.generator(normal())
+        sigma = draw_fake_sigma(batch)
+        loss = sim.fake_loss(run.fake, x0, sigma, normal(), fake_weight(sigma)).mean()
+        update(run.fake_optimiser, loss)
+        return loss
+
+    def update_generator():
+        """theta: descend the surrogate, through the frozen teacher and online network."""
+        if learned:
+            fake, z = run.fake.requires_grad_(False), normal()
+        else:  # the generator *is* its bank: a mixture of points, whose score is known
+            fake = sample_law(run.generator(run.bank).detach()).denoiser  # sg: s_sg[theta]
+            z = run.bank[torch.randint(len(run.bank), (batch,), generator=rng, device=cfg.device)]
+        loss = loss_of(teacher, fake, run.generator(z), draw_sigma(batch), normal(), distance, cfg.space).mean()
+        update(run.optimiser, loss)
+        run.fake.requires_grad_(True)
+        return loss
+
+    if run.step == 0:
+        for _ in range(cfg.warmup if learned else 0):
+            update_fake()
+        log(run, {})
+    every = max(1, cfg.steps // LOGS)
+    while run.step < cfg.steps and not stop():
+        losses = {}
+        for _ in range(cfg.fake_updates if learned else 0):
+            losses["fake_loss"] = update_fake()
+        losses["surrogate"] = update_generator()
+        run.ema.update_parameters(run.generator)
+        run.schedule.step()
+        if learned:
+            run.fake_schedule.step()
+        run.step += 1
+        if run.step % every == 0 or run.step == cfg.steps:
+            log(run, losses)
+
+
+@contextmanager
+def stop_on_signal():
+    """Yields stop(): true once Ctrl-C or SIGTERM came, so that training ends between two steps."""
+    received = []
+
+    def handler(number, frame):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C means it
+        received.append(number)
+
+    try:
+        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: signals are somebody else's
+        before = {}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def main(cfg):
+    """Train, distil, write everything into cfg.out; cfg resolved.  Returns the metrics."""
+    check(cfg)
+    torch.set_num_threads(cfg.threads or torch.get_num_threads())
+    saved = load_checkpoint(cfg) if cfg.resume else None
+    open_folder(cfg)
+    torch.manual_seed(cfg.seed)
+    rng = torch.Generator(cfg.device).manual_seed(cfg.seed)
+    target = make_target(cfg.target).to(cfg.device)
+    start = time.perf_counter()
+    run = Run(cfg, make_denoiser(cfg, target).requires_grad_(False) if saved else train_teacher(cfg, target, rng), rng)
+    if saved:
+        try:
+            run.load_state_dict(saved)
+        except (KeyError, ValueError, RuntimeError) as error:  # right settings, wrong contents
+            reason = " ".join(str(error).split())
+            raise UserError(f"cannot resume from {cfg.out}/checkpoint.pt: {reason:.200}") from None
+    seconds = run.history[-1]["seconds"] if saved else time.perf_counter() - start
+    teacher, status = target.denoiser if cfg.teacher == "exact" else run.teacher, "interrupted"
+    with tqdm(total=cfg.steps, initial=run.step, desc=cfg.target, unit="step", mininterval=0.5) as progress:
+        log = Log(cfg, target, teacher, progress, seconds)
+        try:
+            with stop_on_signal() as stop:
+                distill(cfg, run, target, teacher, log, stop)
+            status = "finished" if run.step == cfg.steps else "interrupted"
+        except Diverged as error:
+            progress.write(f"train_2d.py: stopped: {error}", file=sys.stderr)
+            run.load_state_dict(load_checkpoint(cfg))  # the last good state
+            status = "diverged"
+    return finish(cfg, run, log, status)
+
+
+def cli(argv=None):
+    """The command line: prints a summary and returns the exit code."""
+    try:
+        cfg = resolve(*parse_args(__doc__, argv))
+        m = main(cfg)
+    except UserError as error:
+        print(f"train_2d.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("train_2d.py: interrupted before there was anything to write", file=sys.stderr)
+        sys.exit(130)
+    energy = [m[k] for k in ("energy_distance", "teacher_energy_distance", "energy_distance_floor")]
+    print(f"{m['status']} after {m['steps']} generator steps; {m['train_seconds']:.0f} s of training, teacher included")
+    print("  energy distance to the target  {:.5f}  (teacher {:.5f}; two samples of the target {:.5f})".format(*energy))
+    print(f"  within 3 std of a mode         {m['high_quality']:.1%}    (teacher {m['teacher_high_quality']:.1%})")
+    print(f"  modes covered                  {m['modes_covered']} of {m['modes']}, weight error {m['mode_weight_error']:.3f}")
+    print(f"  everything is in {cfg.out}; look at convergence.gif and final.png")
+    return {"finished": 0, "interrupted": 130, "diverged": 1}[m["status"]]
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

@@ -1,0 +1,364 @@
+"""Check the gradient identity of Score Implicit Matching to machine precision.
+
+    python verify_identity.py                 # about half a minute, table + out/verify_identity.png
+    python verify_identity.py --json v.json   # the same numbers for a program
+
+The test bed.  Let the latent z take finitely many values z_k with probabilities pi_k.  Then the
+diffused law of the generator is *exactly* a Gaussian mixture with means g_theta(z_k), whatever
+network g is, and an expectation over the noise is a Gaussian integral, which a trapezoid grid
+computes to machine precision.  With a Gaussian-mixture teacher, both sides of Theorem 3.1 are
+then numbers, not estimates, for a real neural generator: no sampling, no training, no tolerance
+to hide behind.  Everything measured here calls `sim_core` as training does.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import sim_core as sim
+from toy.mixtures import Mixture
+
+SIGMA = 0.7  # one noise level; nothing depends on which
+REACH = 9.0  # the grid spans +- REACH standard deviations of the noise
+
+# name -> (distance, nodes per axis, the same for --quick, tolerance).  Smooth d' converge spectrally;
+# Huber's has a kink and L1's a jump, for which a grid converges slowly.
+ROWS = {
+    "l2": (sim.SquaredL2(), 200, 128, 1e-12),
+    "power": (sim.Power(alpha=4), 200, 128, 1e-12),
+    "exp": (sim.Exp(alpha=2, beta=0.05), 200, 128, 1e-12),
+    "pseudo_huber": (sim.PseudoHuber(c=1.0), 240, 220, 1e-12),
+    "huber": (sim.Huber(delta=0.5), 400, 300, 1e-3),
+    "l1": (sim.L1(), 240, 160, 5e-3),
+}
+VISIBLE = 1e-2  # a wrong variant must be off by at least this much
+
+
+class Detached:
+    """A distance whose gradient is cut off from xt: the classic mistake."""
+
+    def __init__(self, distance):
+        self.grad = lambda y: distance.grad(y).detach()
+
+
+def noise_grid(nodes, dim):
+    """Trapezoid nodes (n, dim), n < nodes**dim, and weights (n,) for E over N(0, I) of dim dimensions."""
+    axis = torch.linspace(-REACH, REACH, nodes, dtype=torch.float64)
+    weight = torch.exp(-(axis**2) / 2) / math.sqrt(2 * math.pi) * (axis[1] - axis[0])
+    points = torch.cartesian_prod(*[axis] * dim).reshape(-1, dim)
+    weights = torch.cartesian_prod(*[weight] * dim).reshape(-1, dim).prod(1)
+    keep = weights > 1e-17 * weights.max()  # corners that weigh nothing
+    return points[keep], weights[keep]
+
+
+class TestBed:
+    """K latents, a tanh MLP generator, a Gaussian-mixture teacher, all float64 and seeded."""
+
+    def __init__(self, seed, dim=2, K=6):
+        rng = torch.Generator().manual_seed(seed)
+        randn = partial(torch.randn, generator=rng, dtype=torch.float64)
+        self.dim = dim
+        self.z, self.pi = randn(K, dim), randn(K).mul(0.3).softmax(0)
+        self.net = torch.nn.Sequential(torch.nn.Linear(dim, 32), torch.nn.Tanh(), torch.nn.Linear(32, dim)).double()
+        for p in self.net.parameters():
+            p.data = randn(*p.shape) * (0.3 if p.ndim == 2 else 0.5)
+        stds = 0.2 + 0.3 * torch.rand(4, generator=rng, dtype=torch.float64)
+        self.teacher = Mixture(randn(4, dim), stds, randn(4).mul(0.3).softmax(0))
+
+    def law(self, means):
+        """The generator's law as a mixture of points; its diffusion at sigma is exact."""
+        return Mixture(means, torch.zeros_like(self.pi), self.pi)
+
+    def gradient(self, integrand, nodes):
+        """d/dtheta of E_{k, noise} integrand(x0, noise, sigma, means), flat.
+
+        x0 = g_theta(z_k) and means = g_theta(z_1..K) carry gradient; the integrand decides what
+        to stop.  By the chain rule through the means, then once through the network.
+        """
+        noise, weight = noise_grid(nodes, self.dim)
+        sigma = torch.full((len(noise),), SIGMA, dtype=torch.float64)
+        out = self.net(self.z)
+        means = out.detach().requires_grad_()
+        for k, pi in enumerate(self.pi):
+            (pi * weight * integrand(means[k].expand_as(noise), noise, sigma, means)).sum().backward()
+        return torch.cat([g.flatten() for g in torch.autograd.grad(out, list(self.net.parameters()), means.grad)])
+
+    # The integrands: each is one line of the theorem, or one way of getting it wrong.
+
+    def objective(self, distance, space):
+        """d(y) under a *stopped* sampling law: the left side of Theorem 3.1."""
+
+        def integrand(x0, noise, sigma, means):
+            xt = sim.add_noise(x0, sigma, noise).detach()  # sg: the sampling law
+            y = self.law(means).denoiser(xt, sigma) - self.teacher.denoiser(xt, sigma)
+            return distance.value(y * SIGMA ** -sim.SPACES[space])
+
+        return integrand
+
+    def surrogate(self, distance, space="score", stop=True, loss=sim.generator_loss):
+        """`loss` from sim_core: the right side.  stop=False leaves the score's parameters live (A.5)."""
+
+        def integrand(x0, noise, sigma, means):
+            fake = self.law(means.detach() if stop else means).denoiser  # sg: s_sg[theta]
+            return loss(self.teacher.denoiser, fake, x0, sigma, noise, distance, space)
+
+        return integrand
+
+    def along_path(self, value, stop=False):
+        """value(law, xt, sigma) with xt = x0 + sigma noise moving with theta."""
+
+        def integrand(x0, noise, sigma, means):
+            return value(self.law(means.detach() if stop else means), sim.add_noise(x0, sigma, noise), sigma)
+
+        return integrand
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def check_distances(bed, quick, progress):
+    """One row per distance: right forms against the objective, and the wrong ones."""
+    rows = {}
+    for name, (d, full_nodes, quick_nodes, tolerance) in ROWS.items():
+        nodes = quick_nodes if quick else full_nodes
+        row = {"nodes": nodes, "tolerance": tolerance}
+        for space in ("score", "noise", "denoised"):
+            truth = bed.gradient(bed.objective(d, space), nodes)
+            surrogate = bed.gradient(bed.surrogate(d, space), nodes)
+            row[space] = relative(surrogate, truth)
+            if space == "score":
+                right, at_score = truth, surrogate
+            progress.update()
+        row["density"] = relative(bed.gradient(bed.surrogate(d, loss=sim.density_loss), nodes), right)
+        row["detached"] = relative(bed.gradient(bed.surrogate(Detached(d)), nodes), right)
+        row["flipped"] = relative(-at_score, right)
+        row["misprint"] = relative(bed.gradient(bed.surrogate(d, stop=False), nodes), right)
+        spaces = row["score"], row["noise"], row["denoised"]
+        wrong = row["detached"], row["flipped"], row["misprint"]
+        if name == "l1":  # its path form is known to be biased: the density form is the one on trial
+            row["ok"] = row["density"] < tolerance and min(wrong) > VISIBLE
+            row["verdict"] = f"autograd biased by {row['score']:.0%}, density form right"
+        else:  # the density form integrates a product with log q: same grid, same tolerance
+            row["ok"] = max(*spaces, row["density"]) < tolerance and min(wrong) > VISIBLE
+            row["verdict"] = "holds"
+        if not row["ok"]:
+            row["verdict"] = "FAILS"
+        rows[name] = row
+        progress.update()
+    return rows
+
+
+def check_projection(seed):
+    """(A.1): E u^T (s_p - grad log q) = 0 for random smooth u, relative to its own scale."""
+    checks = []
+    for dim, nodes in ((1, 400), (2, 200), (3, 88)):
+        bed = TestBed(seed, dim)
+        rng = torch.Generator().manual_seed(seed + dim)
+        A, B = (torch.randn(16, dim, generator=rng, dtype=torch.float64) for _ in range(2))
+        noise, weight = noise_grid(nodes, dim)
+        sigma = torch.full((len(noise),), SIGMA, dtype=torch.float64)
+        means = bed.net(bed.z).detach()
+        mean, square = 0.0, 0.0
+        for k, pi in enumerate(bed.pi):
+            x0 = means[k].expand_as(noise)
+            xt = sim.add_noise(x0, sigma, noise)
+            u = torch.sin(xt @ A.T + B[:, 0]) @ B
+            value = sim.score_projection(u, bed.law(means).score(xt, sigma), sim.conditional_score(xt, x0, sigma))
+            mean += (pi * weight * value).sum().item()
+            square += (pi * weight * value**2).sum().item()
+        error = abs(mean) / math.sqrt(square)
+        checks.append((f"A.1: E u'(s - grad log q) = 0, {dim}-D", error, 1e-12))
+    return checks
+
+
+def check_neighbours(bed, nodes):
+    """Diff-Instruct, SiD, and what the theorem leaves out."""
+    teacher, l2 = bed.teacher, sim.SquaredL2()
+    kl = bed.gradient(bed.along_path(lambda p, x, s: p.log_density(x, s) - teacher.log_density(x, s)), nodes)
+    checks = [
+        ("Diff-Instruct (noise space) = gradient of KL",
+         relative(bed.gradient(bed.surrogate(sim.diff_instruct_loss, "noise"), nodes), kl), 1e-12),
+    ]  # fmt: skip
+    half = bed.gradient(bed.surrogate(l2), nodes) / 2
+
+    def difference(p, xt, sigma):
+        return l2.value(p.score(xt, sigma) - teacher.score(xt, sigma))
+
+    added = bed.gradient(bed.along_path(difference, stop=True), nodes)
+    for alpha, name in ((1.0, "half of SIM's L2"), (0.5, "that + 0.5 E|y|^2"), (1.2, "that - 0.2 E|y|^2")):
+        sid = bed.gradient(bed.surrogate(partial(sim.sid_loss, alpha=alpha)), nodes)
+        checks.append((f"SiD, alpha = {alpha:g}: {name}", relative(sid, half + (1 - alpha) * added), 1e-12))
+    full = bed.gradient(bed.along_path(difference), nodes)
+    stopped = 2 * half
+    cosine = (full @ stopped / full.norm() / stopped.norm()).item()
+    return checks, {"relative_difference": relative(stopped, full), "cosine": cosine}
+
+
+def check_monte_carlo(seed, shape, batches, batch):
+    """Squared L2 with a Gaussian latent and an affine generator, for which the objective is closed form.
+
+    Returns (batches,) estimates of <g_hat, g>/|g|^2, which must average to 1, and the relative
+    error of the running mean gradient.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    dim = math.prod(shape)
+    randn = partial(torch.randn, generator=rng, dtype=torch.float64)
+    eye = torch.eye(dim, dtype=torch.float64)
+    A = (eye + 0.3 * randn(dim, dim) / math.sqrt(dim)).requires_grad_()
+    b = (0.3 * randn(dim)).requires_grad_()
+    prec_q = torch.linalg.inv((0.8**2 + SIGMA**2) * eye)  # teacher N(0, 0.8^2 I), diffused
+    prec_p = torch.linalg.inv(A @ A.T + SIGMA**2 * eye)
+    cov, centre = (A @ A.T + SIGMA**2 * eye).detach(), b.detach()
+    D = prec_q - prec_p  # y(x) = -prec_p (x - b) + prec_q x
+    offset = prec_p @ b - prec_p @ centre + prec_q @ centre
+    exact = torch.autograd.grad((D @ cov * D).sum() + offset @ offset, (A, b))
+    exact = torch.cat([g.flatten() for g in exact])
+
+    def affine(precision, mean):  # the denoiser of N(mean, 1 / precision), on (B, *shape)
+        def denoiser(xt, sigma):
+            return sim.denoised_from_score(((mean - xt.flatten(1)) @ precision).view_as(xt), xt, sigma)
+
+        return denoiser
+
+    teacher, fake = affine(prec_q, 0.0), affine(prec_p.detach(), centre)  # sg: s_sg[theta]
+    sigma = torch.full((batch,), SIGMA, dtype=torch.float64)
+    ratios, errors, mean = [], [], 0.0
+    for i in range(batches):
+        x0 = (randn(batch, dim) @ A.T + b).view(batch, *shape)
+        noise = randn(batch, *shape)
+        loss = sim.generator_loss(teacher, fake, x0, sigma, noise, "l2", "score").mean()
+        g = torch.cat([g.flatten() for g in torch.autograd.grad(loss, (A, b))])
+        ratios.append((g @ exact / exact.square().sum()).item())
+        mean = mean + (g - mean) / (i + 1)
+        errors.append(relative(mean, exact))
+    ratios = torch.tensor(ratios, dtype=torch.float64)
+    return {"mean": ratios.mean().item(), "standard_error": (ratios.std() / math.sqrt(batches)).item(),
+            "samples": [batch * (i + 1) for i in range(batches)], "errors": errors}  # fmt: skip
+
+
+def convergence(bed, grids, progress):
+    """Error of the surrogate against the objective on the finest grid, per grid; for L1 the density form too."""
+    curves = {}
+    for name, (d, *_) in ROWS.items():
+        forms = {name: bed.surrogate(d)}
+        if name == "l1":
+            forms["l1, density"] = bed.surrogate(d, loss=sim.density_loss)
+        truth = bed.gradient(bed.objective(d, "score"), grids[-1])
+        for label, form in forms.items():
+            curves[label] = [relative(bed.gradient(form, n), truth) for n in grids]
+        progress.update()
+    return curves
+
+
+def figure(path, grids, curves, rows, monte_carlo):
+    """Left: error against quadrature nodes, wrong variants as flat lines.  Right: against samples."""
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(11.5, 4.4), layout="constrained")
+    left, right = fig.subplots(1, 2, width_ratios=(1.5, 1))
+    wrong = {"sign flipped": ("flipped", "--"), "A.5 as printed": ("misprint", "-."), "u detached": ("detached", ":")}
+    for label, (column, style) in wrong.items():
+        left.axhline(rows["l2"][column], color="0.4", ls=style, lw=1.2, label=f"wrong: {label}")
+    for label, errors in curves.items():
+        left.plot(grids, [max(e, 1e-16) for e in errors], "o-", ms=4, label=label.replace("_", "-"))
+    left.set(xlabel="quadrature nodes per axis", ylabel="relative error of the parameter gradient", ylim=(1e-16, 10))
+    left.set(xscale="log", yscale="log", xticks=grids, xticklabels=grids)
+    left.minorticks_off()
+    left.set_title("Theorem 3.1 in quadrature", loc="left")
+    left.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    for label, mc in monte_carlo.items():
+        n, errors = mc["samples"], mc["errors"]
+        line = right.loglog(n, errors, label=f"data of shape {label}")[0]
+        right.loglog(n, [errors[-1] * (n[-1] / i) ** 0.5 for i in n], ":", lw=1, color=line.get_color())
+    right.set(xlabel="Monte-Carlo samples (dotted: 1/sqrt(n))", ylabel="relative error of the mean gradient")
+    right.set_title("and in sampling: Gaussian latent, L2", loc="left")
+    right.legend(fontsize=8)
+    fig.savefig(path, dpi=100)
+
+
+COLUMNS = """
+  score, noise, denoised  sim_core.generator_loss in that space, against d in the same space: must be about 0
+  density                 sim_core.density_loss, theta on the density of xt instead of on its path: must be about 0
+  detached                d'(y) cut off from xt, a tempting shortcut: must be visibly wrong
+  flipped                 the surrogate's sign turned round: must be 2
+  misprint                (A.5) as printed, the score's parameters left live: its gradient is 0, so must be 1
+  L1's d' = sign jumps, and autograd takes the Dirac in its derivative for 0: hence its bias, and score = detached.
+"""
+
+
+def print_report(rows, checks, extra, monte_carlo):
+    right, wrong = ("score", "noise", "denoised", "density"), ("detached", "flipped", "misprint")
+    print("\nRelative error of the whole parameter gradient against that of the true objective E d(y)\n")
+    print(f"{'distance':13s} nodes |", *(f"{c:>8s}" for c in right), "|", *(f"{c:>8s}" for c in wrong), "| tolerance")
+    for name, r in rows.items():
+        cells = {c: f"{r[c]:8.0e}" if r[c] < 0.01 else f"{r[c]:8.3f}" for c in (*right, *wrong)}
+        print(f"{name:13s} {r['nodes']:3d}^2 |", *(cells[c] for c in right), "|", *(cells[c] for c in wrong), end=" | ")
+        print(f"{r['tolerance']:.0e}  {r['verdict']}")
+    print(COLUMNS)
+    for name, error, tolerance in checks:
+        verdict = "holds" if error < tolerance else "FAILS"
+        print(f"  {name:47s} {error:8.1e}  (tolerance {tolerance:.0e})  {verdict}")
+    for name, mc in monte_carlo.items():
+        z = (mc["mean"] - 1) / mc["standard_error"]
+        found = f"{mc['mean']:.4f} +- {mc['standard_error']:.4f} of the exact gradient"
+        print(f"  {f'Monte Carlo, data of shape {name}':47s} {found} (z = {z:+.1f})  {'holds' if abs(z) < 4 else 'FAILS'}")
+    print("\n  For information: the theorem holds the sampling law still.  The full gradient of E|s_p - s_q|^2 differs")
+    print(f"  from it by {extra['relative_difference']:.0%} in norm, cosine {extra['cosine']:.2f}.")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="of generator, teacher and latents (default 0)")
+    parser.add_argument("--quick", action="store_true", help="coarser grids, fewer samples: some ten seconds, same verdicts")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number here too")
+    parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder of the figure (default out)")
+    args = parser.parse_args(argv)
+    try:  # refuse what cannot be written before, not after, the work
+        for folder in filter(None, (args.out, args.json and args.json.parent)):
+            folder.mkdir(parents=True, exist_ok=True)
+        if args.json:
+            args.json.touch()
+    except OSError as error:
+        parser.error(f"cannot write: {error}")
+
+    start, bed = time.perf_counter(), TestBed(args.seed)
+    grids = [25, 50, 100] if args.quick else [25, 50, 100, 200]
+    with tqdm(total=5 * len(ROWS) + 4, desc="verify", unit="check") as progress:
+        rows = check_distances(bed, args.quick, progress)
+        curves = convergence(bed, grids, progress)
+        checks = check_projection(args.seed)
+        progress.update()
+        neighbours, extra = check_neighbours(bed, grids[-1])
+        progress.update()
+        monte_carlo = {}
+        for shape, batch in (((2,), 5000), ((3, 8, 8), 1000)):
+            batches = 20 if args.quick else 50
+            monte_carlo["x".join(map(str, shape))] = check_monte_carlo(args.seed, shape, batches, batch)
+            progress.update()
+    checks += neighbours
+    ok = all(row["ok"] for row in rows.values()) and all(error < tolerance for _, error, tolerance in checks)
+    ok = ok and all(abs(mc["mean"] - 1) < 4 * mc["standard_error"] for mc in monte_carlo.values())
+
+    print_report(rows, checks, extra, monte_carlo)
+    path, seconds = args.out / "verify_identity.png", time.perf_counter() - start
+    figure(path, grids, curves, rows, monte_carlo)
+    print(f"\n{'Every row holds' if ok else 'SOME ROW FAILS'}; {seconds:.0f} s; figure in {path}")
+    if args.json:
+        report = {"ok": ok, "seed": args.seed, "seconds": round(seconds, 1), "torch": torch.__version__}
+        report |= {"distances": rows, "full_gradient": extra, "monte_carlo": monte_carlo}
+        report["checks"] = {name: {"error": error, "tolerance": tolerance} for name, error, tolerance in checks}
+        report["convergence"] = {"nodes": grids, **curves}
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
