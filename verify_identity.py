@@ -66,7 +66,9 @@ class TestBed:
         randn = partial(torch.randn, generator=rng, dtype=torch.float64)
         self.dim = dim
         self.z, self.pi = randn(K, dim), randn(K).mul(0.3).softmax(0)
-        self.net = torch.nn.Sequential(torch.nn.Linear(dim, 32), torch.nn.Tanh(), torch.nn.Linear(32, dim)).double()
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(dim, 32), torch.nn.Tanh(), torch.nn.Linear(32, dim)
+        ).double()
         for p in self.net.parameters():
             p.data = randn(*p.shape) * (0.3 if p.ndim == 2 else 0.5)
         stds = 0.2 + 0.3 * torch.rand(4, generator=rng, dtype=torch.float64)
@@ -88,7 +90,9 @@ class TestBed:
         means = out.detach().requires_grad_()
         for k, pi in enumerate(self.pi):
             (pi * weight * integrand(means[k].expand_as(noise), noise, sigma, means)).sum().backward()
-        return torch.cat([g.flatten() for g in torch.autograd.grad(out, list(self.net.parameters()), means.grad)])
+        return torch.cat(
+            [g.flatten() for g in torch.autograd.grad(out, list(self.net.parameters()), means.grad)]
+        )
 
     # The integrands: each is one line of the theorem, or one way of getting it wrong.
 
@@ -171,7 +175,9 @@ def check_projection(seed):
             x0 = means[k].expand_as(noise)
             xt = sim.add_noise(x0, sigma, noise)
             u = torch.sin(xt @ A.T + B[:, 0]) @ B
-            value = sim.score_projection(u, bed.law(means).score(xt, sigma), sim.conditional_score(xt, x0, sigma))
+            value = sim.score_projection(
+                u, bed.law(means).score(xt, sigma), sim.conditional_score(xt, x0, sigma)
+            )
             mean += (pi * weight * value).sum().item()
             square += (pi * weight * value**2).sum().item()
         error = abs(mean) / math.sqrt(square)
@@ -245,7 +251,7 @@ def check_monte_carlo(seed, shape, batches, batch):
 
 
 def convergence(bed, grids, progress):
-    """Error of the surrogate against the objective on the finest grid, per grid; for L1 the density form too."""
+    """Error of the surrogate (for L1 of the density form too) per grid, against the finest objective."""
     curves = {}
     for name, (d, *_) in ROWS.items():
         forms = {name: bed.surrogate(d)}
@@ -264,12 +270,20 @@ def figure(path, grids, curves, rows, monte_carlo):
 
     fig = Figure(figsize=(11.5, 4.4), layout="constrained")
     left, right = fig.subplots(1, 2, width_ratios=(1.5, 1))
-    wrong = {"sign flipped": ("flipped", "--"), "A.5 as printed": ("misprint", "-."), "u detached": ("detached", ":")}
+    wrong = {
+        "sign flipped": ("flipped", "--"),
+        "A.5 as printed": ("misprint", "-."),
+        "u detached": ("detached", ":"),
+    }
     for label, (column, style) in wrong.items():
         left.axhline(rows["l2"][column], color="0.4", ls=style, lw=1.2, label=f"wrong: {label}")
     for label, errors in curves.items():
         left.plot(grids, [max(e, 1e-16) for e in errors], "o-", ms=4, label=label.replace("_", "-"))
-    left.set(xlabel="quadrature nodes per axis", ylabel="relative error of the parameter gradient", ylim=(1e-16, 10))
+    left.set(
+        xlabel="quadrature nodes per axis",
+        ylabel="relative error of the parameter gradient",
+        ylim=(1e-16, 10),
+    )
     left.set(xscale="log", yscale="log", xticks=grids, xticklabels=grids)
     left.minorticks_off()
     left.set_title("Theorem 3.1 in quadrature", loc="left")
@@ -285,22 +299,34 @@ def figure(path, grids, curves, rows, monte_carlo):
 
 
 COLUMNS = """
-  score, noise, denoised  sim_core.generator_loss in that space, against d in the same space: must be about 0
-  density                 sim_core.density_loss, theta on the density of xt instead of on its path: must be about 0
+  score, noise, denoised  sim_core.generator_loss in that space, against d in the same space: must be 0
+  density                 sim_core.density_loss, theta in the density of xt, not on its path: must be 0
   detached                d'(y) cut off from xt, a tempting shortcut: must be visibly wrong
   flipped                 the surrogate's sign turned round: must be 2
-  misprint                (A.5) as printed, the score's parameters left live: its gradient is 0, so must be 1
-  L1's d' = sign jumps, and autograd takes the Dirac in its derivative for 0: hence its bias, and score = detached.
+  misprint                (A.5) as printed, the score's parameters live: its gradient is 0, so must be 1
+  L1's d' = sign jumps; autograd takes the Dirac in its derivative for 0: hence its bias, score = detached
 """
 
 
 def print_report(rows, checks, extra, monte_carlo):
     right, wrong = ("score", "noise", "denoised", "density"), ("detached", "flipped", "misprint")
     print("\nRelative error of the whole parameter gradient against that of the true objective E d(y)\n")
-    print(f"{'distance':13s} nodes |", *(f"{c:>8s}" for c in right), "|", *(f"{c:>8s}" for c in wrong), "| tolerance")
+    print(
+        f"{'distance':13s} nodes |",
+        *(f"{c:>8s}" for c in right),
+        "|",
+        *(f"{c:>8s}" for c in wrong),
+        "| tolerance",
+    )
     for name, r in rows.items():
         cells = {c: f"{r[c]:8.0e}" if r[c] < 0.01 else f"{r[c]:8.3f}" for c in (*right, *wrong)}
-        print(f"{name:13s} {r['nodes']:3d}^2 |", *(cells[c] for c in right), "|", *(cells[c] for c in wrong), end=" | ")
+        print(
+            f"{name:13s} {r['nodes']:3d}^2 |",
+            *(cells[c] for c in right),
+            "|",
+            *(cells[c] for c in wrong),
+            end=" | ",
+        )
         print(f"{r['tolerance']:.0e}  {r['verdict']}")
     print(COLUMNS)
     for name, error, tolerance in checks:
@@ -308,18 +334,25 @@ def print_report(rows, checks, extra, monte_carlo):
         print(f"  {name:47s} {error:8.1e}  (tolerance {tolerance:.0e})  {verdict}")
     for name, mc in monte_carlo.items():
         z = (mc["mean"] - 1) / mc["standard_error"]
-        found = f"{mc['mean']:.4f} +- {mc['standard_error']:.4f} of the exact gradient"
-        print(f"  {f'Monte Carlo, data of shape {name}':47s} {found} (z = {z:+.1f})  {'holds' if abs(z) < 4 else 'FAILS'}")
-    print("\n  For information: the theorem holds the sampling law still.  The full gradient of E|s_p - s_q|^2 differs")
-    print(f"  from it by {extra['relative_difference']:.0%} in norm, cosine {extra['cosine']:.2f}.")
+        found = f"{mc['mean']:.4f} +- {mc['standard_error']:.4f} of the exact gradient (z = {z:+.1f})"
+        print(f"  {f'Monte Carlo, data of shape {name}':47s} {found}  {'holds' if abs(z) < 4 else 'FAILS'}")
+    print("\n  For information: the theorem holds the sampling law still.  From the full gradient of")
+    print(f"  E|s_p - s_q|^2 its own differs by {extra['relative_difference']:.0%} in norm, cosine", end=" ")
+    print(f"{extra['cosine']:.2f}.")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=0, help="of generator, teacher and latents (default 0)")
-    parser.add_argument("--quick", action="store_true", help="coarser grids, fewer samples: some ten seconds, same verdicts")
+    parser.add_argument(
+        "--quick", action="store_true", help="coarser grids, fewer samples: some ten seconds, same verdicts"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number here too")
-    parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder of the figure (default out)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out"), metavar="DIR", help="folder of the figure (default out)"
+    )
     args = parser.parse_args(argv)
     try:  # refuse what cannot be written before, not after, the work
         for folder in filter(None, (args.out, args.json and args.json.parent)):
@@ -354,7 +387,9 @@ def main(argv=None):
     if args.json:
         report = {"ok": ok, "seed": args.seed, "seconds": round(seconds, 1), "torch": torch.__version__}
         report |= {"distances": rows, "full_gradient": extra, "monte_carlo": monte_carlo}
-        report["checks"] = {name: {"error": error, "tolerance": tolerance} for name, error, tolerance in checks}
+        report["checks"] = {
+            name: {"error": error, "tolerance": tolerance} for name, error, tolerance in checks
+        }
         report["convergence"] = {"nodes": grids, **curves}
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0 if ok else 1

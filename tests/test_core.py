@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 import sim_core as sim
 
-SMOOTH = [sim.SquaredL2(), sim.Power(4), sim.Power(6), sim.Exp(2, 0.3), sim.Exp(4, 0.05), sim.PseudoHuber(0.3)]
+SMOOTH = [
+    sim.SquaredL2(),
+    sim.Power(4),
+    sim.Power(6),
+    sim.Exp(2, 0.3),
+    sim.Exp(4, 0.05),
+    sim.PseudoHuber(0.3),
+]
 KINKED = [sim.L1(), sim.Huber(0.5)]
 shapes = st.tuples(st.integers(1, 4), st.lists(st.integers(1, 4), max_size=3)).map(lambda s: (s[0], *s[1]))
 
@@ -32,7 +39,10 @@ def away_from_kinks(distance, y):
 BY_HAND = {
     "l2": (lambda y: sum(v * v for v in y), lambda y: [2 * v for v in y]),
     "power": (lambda y: sum(v**4 for v in y), lambda y: [4 * v**3 for v in y]),
-    "exp": (lambda y: math.exp(sum(v * v for v in y)) - 1, lambda y: [2 * math.exp(sum(w * w for w in y)) * v for v in y]),
+    "exp": (
+        lambda y: math.exp(sum(v * v for v in y)) - 1,
+        lambda y: [2 * math.exp(sum(w * w for w in y)) * v for v in y],
+    ),
     "l1": (lambda y: sum(map(abs, y)), lambda y: [math.copysign(1, v) for v in y]),
     "huber": (
         lambda y: sum(v * v / 2 if abs(v) <= 0.5 else 0.5 * (abs(v) - 0.25) for v in y),
@@ -123,7 +133,12 @@ def test_bad_distances_are_refused(make, message):
 
 
 @settings(deadline=None, max_examples=40)
-@given(shape=shapes, seed=st.integers(0, 99), sigma=st.floats(1e-3, 100), dtype=st.sampled_from([torch.float32, torch.float64]))
+@given(
+    shape=shapes,
+    seed=st.integers(0, 99),
+    sigma=st.floats(1e-3, 100),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
 def test_tweedie_round_trip(shape, seed, sigma, dtype):
     x0, noise, denoised = (randn(*shape, seed=seed + i, dtype=dtype) for i in range(3))
     sigma = torch.full(shape[:1], sigma, dtype=dtype)
@@ -187,7 +202,7 @@ def affine(scale, shift):
 def batch(*shape, seed=0):
     rng = torch.Generator().manual_seed(seed)
     x0, noise = (torch.randn(*shape, generator=rng, dtype=torch.float64) for _ in range(2))
-    return x0.requires_grad_(), torch.rand(shape[0], generator=rng, dtype=torch.float64) + 0.3, noise
+    return (x0.requires_grad_(), torch.rand(shape[0], generator=rng, dtype=torch.float64) + 0.3, noise)
 
 
 @settings(deadline=None, max_examples=30)
@@ -219,7 +234,10 @@ def test_gradient_of_the_generator_loss_on_gaussians(form):
     s, rng = v + sigma**2, torch.Generator().manual_seed(0)
     mean = torch.tensor(m, dtype=torch.float64, requires_grad=True)
     x0 = mean + math.sqrt(v) * torch.randn(n, 1, generator=rng, dtype=torch.float64)
-    noise, sigmas = torch.randn(n, 1, generator=rng, dtype=torch.float64), torch.full((n,), sigma, dtype=torch.float64)
+    noise, sigmas = (
+        torch.randn(n, 1, generator=rng, dtype=torch.float64),
+        torch.full((n,), sigma, dtype=torch.float64),
+    )
 
     def denoiser(centre):
         return lambda xt, sigma: xt + sigma[:, None] ** 2 * (centre - xt) / s
@@ -245,7 +263,9 @@ def test_fake_loss_never_reaches_the_generator():
     x0, sigma, noise = batch(6, 2)
     scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     loss = sim.fake_loss(affine(scale, 0.1), x0, sigma, noise, sim.edm_weight(sigma))
-    expected = sim.edm_weight(sigma) * (0.7 * (x0 + sigma[:, None] * noise) + 0.1 * sigma[:, None] - x0).square().sum(1)
+    expected = sim.edm_weight(sigma) * (
+        0.7 * (x0 + sigma[:, None] * noise) + 0.1 * sigma[:, None] - x0
+    ).square().sum(1)
     assert (loss - expected).abs().max() < 1e-12
     loss.sum().backward()
     assert x0.grad is None and scale.grad.abs() > 0
@@ -253,7 +273,11 @@ def test_fake_loss_never_reaches_the_generator():
 
 def test_denoising_loss_is_least_at_the_true_denoiser():
     """For x0 ~ N(0, 1) the best linear denoiser is xt / (1 + sigma^2) (B.2, B.3)."""
-    x0, noise, sigma = randn(100_000, 1), randn(100_000, 1, seed=1), torch.full((100_000,), 0.7, dtype=torch.float64)
+    x0, noise, sigma = (
+        randn(100_000, 1),
+        randn(100_000, 1, seed=1),
+        torch.full((100_000,), 0.7, dtype=torch.float64),
+    )
     scale = torch.tensor(1 / 1.49, dtype=torch.float64, requires_grad=True)
     (grad,) = torch.autograd.grad(sim.fake_loss(lambda x, s: scale * x, x0, sigma, noise).mean(), scale)
     assert abs(grad) < 0.02
@@ -294,7 +318,7 @@ def test_weights_number_tensor_and_function():
 def test_dtype_follows_the_inputs(name, dtype):
     x0, noise = randn(4, 3, 2).to(dtype), randn(4, 3, 2, seed=1).to(dtype)
     sigma = torch.rand(4) + 0.5  # float32 whatever the data
-    net = lambda xt, sigma: 0.5 * xt  # noqa: E731
+    net = lambda xt, sigma: 0.5 * xt
     for space in sim.SPACES:
         assert sim.generator_loss(net, lambda x, s: 0.3 * x, x0, sigma, noise, name, space).dtype == dtype
         assert sim.density_loss(net, lambda x, s: 0.3 * x, x0, sigma, noise, name, space).dtype == dtype
@@ -305,7 +329,10 @@ def test_dtype_follows_the_inputs(name, dtype):
 def test_empty_and_one_dimensional_batches():
     for shape in ((0, 3), (4,)):
         x0, sigma, noise = batch(*shape)
-        assert sim.generator_loss(affine(0.7, 0.1), affine(0.5, 0.1), x0, sigma, noise, "pseudo_huber").shape == shape[:1]
+        assert (
+            sim.generator_loss(affine(0.7, 0.1), affine(0.5, 0.1), x0, sigma, noise, "pseudo_huber").shape
+            == shape[:1]
+        )
 
 
 @pytest.mark.parametrize("name", sim.DISTANCES)
@@ -397,7 +424,9 @@ def test_karras_ladder():
     last = (80 ** (1 / 7) + 800 / 999 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
     assert sigma.min().item() == pytest.approx(last, rel=1e-4) and last == pytest.approx(0.0841, abs=1e-4)
     assert sim.karras_sigma(9, last=0).unique().item() == pytest.approx(80, rel=1e-5)
-    full = sim.karras_sigma(100_000, last=999, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    full = sim.karras_sigma(
+        100_000, last=999, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     assert full.min().item() == pytest.approx(0.002, rel=1e-9)
 
 

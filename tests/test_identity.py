@@ -62,14 +62,22 @@ def test_the_identity_at_other_seeds_and_noise_levels(monkeypatch, seed, sigma):
 
 def test_a_wrong_core_is_caught(monkeypatch, tmp_path, capsys):
     right = sim.sim_loss
-    monkeypatch.setattr(sim, "sim_loss", lambda fake, teacher, target, distance: right(fake, teacher, target, distance) * 1.001)
+    monkeypatch.setattr(
+        sim,
+        "sim_loss",
+        lambda fake, teacher, target, distance: right(fake, teacher, target, distance) * 1.001,
+    )
     assert verify.main(["--quick", "--out", str(tmp_path)]) == 1
     assert "FAILS" in capsys.readouterr().out
 
 
 def test_bad_arguments(tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
-    for args in (["--seed", "x"], ["--json", str(tmp_path / "file/v.json")], ["--out", str(tmp_path / "file")]):
+    for args in (
+        ["--seed", "x"],
+        ["--json", str(tmp_path / "file/v.json")],
+        ["--out", str(tmp_path / "file")],
+    ):
         with pytest.raises(SystemExit) as error:
             verify.main(args)
         assert error.value.code == 2 and "error" in capsys.readouterr().err

@@ -27,8 +27,17 @@ def config(tmp_path, **changes):
 
 def command(tmp_path, *args, **popen):
     tiny = [word for k, v in TINY.items() for word in (f"--{k.replace('_', '-')}", str(v))]
-    args = [sys.executable, str(ROOT / "toy/train_2d.py"), *tiny, "--out", str(tmp_path / "run"), *map(str, args)]
-    return subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, **popen)
+    args = [
+        sys.executable,
+        str(ROOT / "toy/train_2d.py"),
+        *tiny,
+        "--out",
+        str(tmp_path / "run"),
+        *map(str, args),
+    ]
+    return subprocess.Popen(
+        args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, **popen
+    )
 
 
 def finished(process, timeout=180):
@@ -56,7 +65,9 @@ def small_run(tmp_path, **changes):
 
 def test_every_network_starts_from_the_teacher(tmp_path):
     _, _, run = small_run(tmp_path)
-    assert same(copy_of(run.fake), copy_of(run.teacher)) and same(copy_of(run.generator), copy_of(run.teacher))
+    assert same(copy_of(run.fake), copy_of(run.teacher)) and same(
+        copy_of(run.generator), copy_of(run.teacher)
+    )
 
 
 @pytest.mark.parametrize("method", ["sim", "sid", "diff_instruct", "density"])
@@ -187,20 +198,18 @@ def test_a_run_leaves_everything_it_promises(tmp_path):
     code, out, err = finished(command(tmp_path))
     assert code == 0, err
     run = tmp_path / "run"
-    assert {p.name for p in run.iterdir()} == {
-        "checkpoint.pt", "config.json", "convergence.gif", "final.png", "log.csv", "metrics.json", "samples.npz"
-    }  # fmt: skip
+    files = "checkpoint.pt config.json convergence.gif final.png log.csv metrics.json samples.npz"
+    assert sorted(p.name for p in run.iterdir()) == files.split()
     samples = np.load(run / "samples.npz")
     for name in ("generator", "teacher", "data"):
         assert samples[name].shape == (10_000, 2) and samples[name].dtype == np.float32
     metrics = json.loads((run / "metrics.json").read_text())
-    for name in ("energy_distance", "energy_distance_floor", "teacher_energy_distance", "high_quality", "modes_covered",
-                 "mode_weight_error", "train_seconds", "seed", "versions"):  # fmt: skip
-        assert name in metrics
+    promised = "energy_distance energy_distance_floor teacher_energy_distance high_quality modes_covered"
+    assert {*promised.split(), "mode_weight_error", "train_seconds", "seed", "versions"} <= set(metrics)
     assert metrics["status"] == "finished" and metrics["steps"] == TINY["steps"]
     header, *rows = (line.split(",") for line in (run / "log.csv").read_text().splitlines())
-    assert {"step", "surrogate", "fake_loss", "generator_gradient", "fake_gradient", "energy_distance", "divergence_0.5",
-            "fake_error_0.5", "gap_0.5", "sample_mean_x", "sample_std_y"} <= set(header)  # fmt: skip
+    promised = "step surrogate fake_loss generator_gradient fake_gradient energy_distance divergence_0.5"
+    assert {*promised.split(), "fake_error_0.5", "gap_0.5", "sample_mean_x", "sample_std_y"} <= set(header)
     assert [row[0] for row in rows] == [str(i) for i in range(TINY["steps"] + 1)]
     assert Image.open(run / "convergence.gif").n_frames == len(rows)
     assert json.loads((run / "config.json").read_text())["batch"] == TINY["batch"]
@@ -210,7 +219,9 @@ def test_a_run_leaves_everything_it_promises(tmp_path):
     state = torch.load(run / "checkpoint.pt", weights_only=True)
     cfg = resolve(Config(**TINY))
     network = train_2d.Generator(train_2d.make_denoiser(cfg, make_target("ring")), cfg.sigma_init)
-    network.load_state_dict({k.removeprefix("module."): v for k, v in state["ema"].items() if k != "n_averaged"})
+    network.load_state_dict(
+        {k.removeprefix("module."): v for k, v in state["ema"].items() if k != "n_averaged"}
+    )
     z = torch.randn(10_000, 2, generator=torch.Generator().manual_seed(cfg.seed + 2))
     with torch.no_grad():
         assert np.abs(network(z).numpy() - samples["generator"]).max() < 1e-6
@@ -288,7 +299,9 @@ def test_an_unwritable_folder_is_refused_before_any_work(tmp_path):
     (tmp_path / "other/config.json").write_text("not json")
     with pytest.raises(UserError, match="cannot use"):
         train_2d.main(config(tmp_path, out=str(tmp_path / "other")))
-    assert (tmp_path / "file").read_text() == "mine" and (tmp_path / "other/config.json").read_text() == "not json"
+    assert (tmp_path / "file").read_text() == "mine" and (
+        tmp_path / "other/config.json"
+    ).read_text() == "not json"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -306,7 +319,14 @@ def test_divergence_stops_with_the_last_good_state(tmp_path):
 
 def test_presets_hold_the_papers_numbers():
     cfg, _ = parse_args("", ["--preset", "listing1"])
-    assert (cfg.batch, cfg.lr, cfg.fake_lr, cfg.beta2, cfg.fake_updates, cfg.network) == (2000, 1e-3, 1e-3, 0.999, 2, "vp")
+    assert (cfg.batch, cfg.lr, cfg.fake_lr, cfg.beta2, cfg.fake_updates, cfg.network) == (
+        2000,
+        1e-3,
+        1e-3,
+        0.999,
+        2,
+        "vp",
+    )
     cfg, _ = parse_args("", ["--preset", "algorithm2", "--lr", "0.5"])
     assert (cfg.sigma_distribution, cfg.fake_sigma_distribution, cfg.weighting) == ("sim", "edm", "one")
     assert (cfg.batch, cfg.sigma_init, cfg.beta2, cfg.lr) == (256, 2.5, 0.999, 0.5), "flags override presets"
@@ -324,7 +344,9 @@ def test_help_explains_every_option(capsys):
     with pytest.raises(SystemExit):
         parse_args("about", ["--help"])
     text = capsys.readouterr().out
-    assert "about" in text and all(f"--{name.replace('_', '-')}" in text for name in Config.__dataclass_fields__)
+    assert "about" in text and all(
+        f"--{name.replace('_', '-')}" in text for name in Config.__dataclass_fields__
+    )
 
 
 def test_check_accepts_the_presets():
@@ -333,6 +355,8 @@ def test_check_accepts_the_presets():
 
 
 def test_show_without_a_display_is_refused(tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND")}
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND")
+    }
     code, _, err = finished(command(tmp_path, "--show", env=environment))
     assert code == 2 and "--show" in err and len(err.strip().splitlines()) == 1

@@ -42,9 +42,9 @@ class Config:
     sigma_distribution: str = option("edm", "noise levels of the generator's update", SIGMAS)
     weighting: str = option("one", "weight over sigma of the generator's loss", ("one", "edm", "sid"))
     # the other two networks
-    teacher: str = option("learned", "exact: the target's closed form guides; networks still start from a learned one",
+    teacher: str = option("learned", "exact: the target's closed form (all still start from a learned one)",
                           ("learned", "exact"))  # fmt: skip
-    fake: str = option("learned", "exact: no online network; the generator is a bank of latents, its score exact",
+    fake: str = option("learned", "exact: no online network, a bank of latents whose score is known",
                        ("learned", "exact"))  # fmt: skip
     bank: int = option(1024, "latents of --fake exact")
     fake_sigma_distribution: str = option("edm", "noise levels of the online update", SIGMAS)
@@ -62,25 +62,28 @@ class Config:
     network: str = option("edm", "vp: the plain networks and the process of Listing 1", ("edm", "vp"))
     width: int = option(128, "hidden units per layer")
     sigma_init: float = option(2.5, "sigma* of the generator g(z) = D(sigma* z; sigma*)")
-    teacher_steps: int = option(1500, "updates of the teacher, batch 1024")
+    teacher_steps: int = option(None, "updates of the teacher, batch 1024 (default: by target)")
     # the machine
     device: str = option("cpu", "torch device")
     threads: int = option(0, "CPU threads (0: torch's choice)")
-    out: str = option(None, "folder of the run (default out/toy/NAME: the target and what differs from the defaults)")
+    out: str = option(
+        None, "folder of the run (default out/toy/NAME: the target and what differs from the defaults)"
+    )
     resume: bool = option(False, "go on from the checkpoint in the run's folder")
     show: bool = option(False, "watch in a window while it trains")
 
 
 MACHINE = ("device", "threads", "out", "resume", "show")  # these do not change what is computed
-STEPS = {"ring": 5000}  # per target; others:
-OTHER_STEPS = 10_000
+STEPS = {"ring": (5000, 1500), "grid": (16_000, 3000)}  # steps and teacher_steps that a target takes
+OTHER_STEPS = (8000, 2000)
 PRESETS = {
     "default": {},
     # Listing 1: VP, T = 1000, eps-network on cat[xt, t/T], g^2 weight; no warm-up, schedule or EMA.
-    "listing1": dict(network="vp", sigma_distribution="vp", fake_sigma_distribution="vp", fake_updates=2, batch=2000,
-                     lr=1e-3, fake_lr=1e-3, beta2=0.999, warmup=0, schedule="constant", ema=0.0),
+    "listing1": dict(network="vp", sigma_distribution="vp", fake_sigma_distribution="vp", fake_updates=2,
+                     batch=2000, lr=1e-3, fake_lr=1e-3, beta2=0.999, warmup=0, schedule="constant", ema=0.0),
     # Algorithm 2 and Table 5; its learning rate 1e-5 is for pre-trained U-Nets, a small MLP needs 1e-3.
-    "algorithm2": dict(sigma_distribution="sim", lr=1e-3, fake_lr=1e-3, beta2=0.999, warmup=0, schedule="constant"),
+    "algorithm2": dict(sigma_distribution="sim", batch=256, lr=1e-3, fake_lr=1e-3, beta2=0.999, warmup=0,
+                       schedule="constant"),
 }  # fmt: skip
 
 
@@ -94,14 +97,18 @@ class Parser(argparse.ArgumentParser):
 def parse_args(description, argv=None):
     """Command line -> (Config, name of the run)."""
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="default", help="a set of defaults for all that follows")
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="default", help="a set of defaults for all that follows"
+    )
     for f in dataclasses.fields(Config):
         flag = "--" + f.name.replace("_", "-")
         if f.type is bool:
             parser.add_argument(flag, action="store_true", help=f.metadata["help"])
         else:
             help = f.metadata["help"] + ("" if f.default is None else " (default %(default)s)")
-            parser.add_argument(flag, type=f.type, default=f.default, choices=f.metadata["choices"], help=help)
+            parser.add_argument(
+                flag, type=f.type, default=f.default, choices=f.metadata["choices"], help=help
+            )
     parser.set_defaults(**PRESETS[parser.parse_known_args(argv)[0].preset])
     args = vars(parser.parse_args(argv))
     preset = args.pop("preset")
@@ -110,19 +117,24 @@ def parse_args(description, argv=None):
 
 def resolve(cfg, preset="default"):
     """Fill in what depends on other settings: steps by target, out by all that differs from the preset."""
-    usual = dataclasses.asdict(dataclasses.replace(Config(), **PRESETS[preset]))
-    changed = [f"{k}_{v:g}" if isinstance(v, float) else f"{k}_{v}" for k, v in dataclasses.asdict(cfg).items()
-               if v != usual[k] and k not in MACHINE and k != "target"]  # fmt: skip
-    name = "-".join([cfg.target, *([preset] if preset != "default" else []), *changed])
-    return dataclasses.replace(cfg, steps=STEPS.get(cfg.target, OTHER_STEPS) if cfg.steps is None else cfg.steps,
-                               out=cfg.out or f"out/toy/{name}")  # fmt: skip
+    usual = dataclasses.asdict(dataclasses.replace(Config(target=cfg.target), **PRESETS[preset]))
+    given = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in MACHINE and v != usual[k]}
+    parts = [f"{k}_{v:g}" if isinstance(v, float) else f"{k}_{v}" for k, v in given.items()]
+    name = "-".join([cfg.target, *([preset] if preset != "default" else []), *parts])
+    steps, teacher_steps = STEPS.get(cfg.target, OTHER_STEPS)
+    filled = {"steps": steps, "teacher_steps": teacher_steps, "out": f"out/toy/{name}"}
+    return dataclasses.replace(cfg, **{k: v for k, v in filled.items() if getattr(cfg, k) is None})
 
 
 def check(cfg):
     """Refuse impossible settings before any work, each by its name.  Raises UserError."""
     flag = lambda name: f"--{name.replace('_', '-')}"
     for names, fits, rule in (
-        (("steps", "batch", "bank", "fake_updates", "width", "teacher_steps"), lambda v: v >= 1, "at least 1"),
+        (
+            ("steps", "batch", "bank", "fake_updates", "width", "teacher_steps"),
+            lambda v: v >= 1,
+            "at least 1",
+        ),
         (("seed", "warmup", "threads"), lambda v: v >= 0, "0 or more"),
         (("lr", "fake_lr", "sigma_init"), lambda v: 0 < v < math.inf, "positive"),
         (("ema", "beta2"), lambda v: 0 <= v < 1, "in [0, 1)"),
@@ -146,7 +158,9 @@ def check(cfg):
 
 def surrogate(cfg):
     """--method and --distance as sim_core.generator_loss takes them."""
-    given = {name: getattr(cfg, name) for name in ("c", "delta", "alpha", "beta") if getattr(cfg, name) is not None}
+    given = {
+        name: getattr(cfg, name) for name in ("c", "delta", "alpha", "beta") if getattr(cfg, name) is not None
+    }
     if cfg.method in ("sid", "diff_instruct"):
         if unfit := set(given) - ({"alpha"} if cfg.method == "sid" else set()):
             raise ValueError(f"--method {cfg.method} does not take {', '.join(sorted(unfit))}")

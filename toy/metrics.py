@@ -7,26 +7,26 @@ from toy.mixtures import Mixture
 SIGMAS = (0.1, 0.2, 0.5, 1.0)  # where scores are compared
 
 
-def mean_distance(x, y=None, chunk=2000):
-    """E|X - Y| over all pairs of two samples (n, D), (m, D); within one sample if y is None."""
-    if y is None:
-        return 2 * torch.pdist(x).sum(dtype=torch.float64).item() / len(x) ** 2
-    return sum(torch.cdist(part, y).sum(dtype=torch.float64) for part in x.split(chunk)).item() / (len(x) * len(y))
+def mean_distance(x, y, chunk=500):
+    """E|X - Y| over all pairs of two samples (n, D), (m, D)."""
+    sums = [torch.cdist(part, y).sum(1).sum(dtype=torch.float64) for part in x.split(chunk)]
+    return sum(sums).item() / (len(x) * len(y))
 
 
 def energy_distance(x, y, within_y=None):
     """2 E|X - Y| - E|X - X'| - E|Y - Y'| between two samples (n, D), (m, D); 0 only if the laws agree.
 
     All pairs count, X = X' too (a V-statistic), so two samples of one law are `energy_floor` apart
-    on average.  within_y: `mean_distance(y)` where it is known already.
+    on average.  within_y: mean_distance(y, y), where it is known already.
     """
-    return 2 * mean_distance(x, y) - mean_distance(x) - (mean_distance(y) if within_y is None else within_y)
+    within_y = mean_distance(y, y) if within_y is None else within_y
+    return 2 * mean_distance(x, y) - mean_distance(x, x) - within_y
 
 
 def energy_floor(n, m, within):
     """Expected `energy_distance` of n samples from m others of one law: (1/n + 1/m) E|X - X'|.
 
-    within: `mean_distance` of the m, whose zero distances from themselves are corrected for.
+    within: mean_distance(data, data) of the m, corrected here for each point's distance 0 from itself.
     """
     return (1 / n + 1 / m) * within * m / (m - 1)
 

@@ -52,7 +52,9 @@ class Mixture:
         """n draws, (n, D), on the generator's device (which must be the mixture's)."""
         k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         like = {"device": self.means.device, "dtype": self.means.dtype}
-        return self.means[k] + self.stds[k, None] * torch.randn(n, self.means.shape[1], generator=generator, **like)
+        return self.means[k] + self.stds[k, None] * torch.randn(
+            n, self.means.shape[1], generator=generator, **like
+        )
 
     def data_std(self):
         """Root mean variance per coordinate: what EDM calls sigma_data."""
@@ -150,7 +152,10 @@ def letters():
     return equal_mixture(torch.cat([s, i, m]), 0.04, modes)
 
 
-TARGETS = {f.__name__: f for f in (ring, grid, two_rings, pinwheel, moons, circles, swiss_roll, checkerboard, letters)}
+TARGETS = {
+    f.__name__: f
+    for f in (ring, grid, two_rings, pinwheel, moons, circles, swiss_roll, checkerboard, letters)
+}
 
 
 def make_target(name):

@@ -91,7 +91,10 @@ def vp_weight(sigma):
 
 
 class VPDenoiser(nn.Module):
-    """An epsilon-network on cat[x_vp, t/T] as a denoiser: D = xt - sigma eps(xt / sqrt(1 + sigma^2), t(sigma))."""
+    """An epsilon-network on cat[x_vp, t/T] as a denoiser:
+
+    D(xt; sigma) = xt - sigma eps(xt / sqrt(1 + sigma^2), t(sigma) / T).
+    """
 
     def __init__(self, dim=2, width=128, depth=3):
         super().__init__()

@@ -52,7 +52,9 @@ class Scene:
         _square(field, f"xt to D(xt), sigma = {FIELD_SIGMA}: teacher, online")
         self.curve = curve.plot([], [], color=ORANGE)[0]
         curve.axhline(floor, color=GREY, ls="--", lw=1)
-        curve.text(steps, floor, "two samples of the target", ha="right", va="bottom", fontsize=8, color="0.4")
+        curve.text(
+            steps, floor, "two samples of the target", ha="right", va="bottom", fontsize=8, color="0.4"
+        )
         curve.set(yscale="log", xlim=(0, steps), ylim=(floor / 2, 1), xlabel="generator steps")
         curve.set_title("energy distance to the target", loc="left", fontsize=10)
         self.points, self.moving = points, (self.samples, self.fake, self.curve, self.title)
@@ -96,7 +98,9 @@ def convergence_gif(path, snapshots, history, scene):
         for artist in moving.moving:
             artist.axes.draw_artist(artist)
         frame = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-        frames.append(frame.quantize(64) if i == 0 else frame.quantize(palette=frames[0], dither=Image.Dither.NONE))
+        frames.append(
+            frame.quantize(64) if i == 0 else frame.quantize(palette=frames[0], dither=Image.Dither.NONE)
+        )
     durations = [100] * (len(frames) - 1) + [3000]
     frames[0].save(path, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
 

@@ -77,7 +77,7 @@ def train_teacher(cfg, target, rng, batch=1024, lr=5e-3):
     network = make_denoiser(cfg, target)
     ema = moving_average(network, 1 - 1 / max(1, 0.02 * cfg.teacher_steps))
     optimiser, schedule = optimiser_and_schedule(network, lr, cfg.teacher_steps, (0.9, 0.99))
-    draw_sigma, weight = sigma_sampler(cfg.fake_sigma_distribution, rng), score_matching_weight(cfg, target)
+    draw_sigma, weight = (sigma_sampler(cfg.fake_sigma_distribution, rng), score_matching_weight(cfg, target))
     for _ in tqdm(range(cfg.teacher_steps), desc="teacher", unit="step", mininterval=0.5):
         x0, sigma = target.sample(batch, rng), draw_sigma(batch)
         noise = torch.randn(x0.shape, generator=rng, device=cfg.device)
@@ -90,7 +90,16 @@ def train_teacher(cfg, target, rng, batch=1024, lr=5e-3):
 class Run:
     """What training moves, and so what a checkpoint holds."""
 
-    MODULES = ("teacher", "fake", "generator", "ema", "optimiser", "schedule", "fake_optimiser", "fake_schedule")
+    MODULES = (
+        "teacher",
+        "fake",
+        "generator",
+        "ema",
+        "optimiser",
+        "schedule",
+        "fake_optimiser",
+        "fake_schedule",
+    )
     VALUES = ("step", "bank", "history", "snapshots")
 
     def __init__(self, cfg, teacher, rng):
@@ -122,7 +131,9 @@ class Run:
 def distill(cfg, run, target, teacher, log, stop):
     """Alternate the two updates until cfg.steps, or until stop(); log(run, losses) every now and then."""
     rng, batch = run.rng, cfg.batch
-    draw_sigma, draw_fake_sigma = (sigma_sampler(n, rng) for n in (cfg.sigma_distribution, cfg.fake_sigma_distribution))
+    draw_sigma, draw_fake_sigma = (
+        sigma_sampler(n, rng) for n in (cfg.sigma_distribution, cfg.fake_sigma_distribution)
+    )
     fake_weight, sigma_data = score_matching_weight(cfg, target), target.data_std()
     edm_weight = lambda x0, denoised, sigma, space: sim.edm_weight(sigma, sigma_data)
     weight = {"one": 1.0, "edm": edm_weight, "sid": sim.sid_weight}[cfg.weighting]
@@ -148,7 +159,9 @@ def distill(cfg, run, target, teacher, log, stop):
         else:  # the generator *is* its bank: a mixture of points, whose score is known
             fake = sample_law(run.generator(run.bank).detach()).denoiser  # sg: s_sg[theta]
             z = run.bank[torch.randint(len(run.bank), (batch,), generator=rng, device=cfg.device)]
-        loss = loss_of(teacher, fake, run.generator(z), draw_sigma(batch), normal(), distance, cfg.space).mean()
+        loss = loss_of(
+            teacher, fake, run.generator(z), draw_sigma(batch), normal(), distance, cfg.space
+        ).mean()
         update(run.optimiser, loss)
         run.fake.requires_grad_(True)
         return loss
@@ -202,7 +215,11 @@ def main(cfg):
     rng = torch.Generator(cfg.device).manual_seed(cfg.seed)
     target = make_target(cfg.target).to(cfg.device)
     start = time.perf_counter()
-    run = Run(cfg, make_denoiser(cfg, target).requires_grad_(False) if saved else train_teacher(cfg, target, rng), rng)
+    run = Run(
+        cfg,
+        make_denoiser(cfg, target).requires_grad_(False) if saved else train_teacher(cfg, target, rng),
+        rng,
+    )
     if saved:
         try:
             run.load_state_dict(saved)
@@ -236,10 +253,13 @@ def cli(argv=None):
         print("train_2d.py: interrupted before there was anything to write", file=sys.stderr)
         sys.exit(130)
     energy = [m[k] for k in ("energy_distance", "teacher_energy_distance", "energy_distance_floor")]
-    print(f"{m['status']} after {m['steps']} generator steps; {m['train_seconds']:.0f} s of training, teacher included")
-    print("  energy distance to the target  {:.5f}  (teacher {:.5f}; two samples of the target {:.5f})".format(*energy))
-    print(f"  within 3 std of a mode         {m['high_quality']:.1%}    (teacher {m['teacher_high_quality']:.1%})")
-    print(f"  modes covered                  {m['modes_covered']} of {m['modes']}, weight error {m['mode_weight_error']:.3f}")
+    print(f"{m['status']} after {m['steps']} steps; {m['train_seconds']:.0f} s of training, teacher included")
+    print("  energy distance to target  {:.5f}  (teacher {:.5f}; two samples of it {:.5f})".format(*energy))
+    print(
+        f"  within 3 std of a mode     {m['high_quality']:.1%}    (teacher {m['teacher_high_quality']:.1%})"
+    )
+    print(f"  modes covered              {m['modes_covered']} of {m['modes']}", end="")
+    print(f"   (error of their weights {m['mode_weight_error']:.3f})")
     print(f"  everything is in {cfg.out}; look at convergence.gif and final.png")
     return {"finished": 0, "interrupted": 130, "diverged": 1}[m["status"]]
 

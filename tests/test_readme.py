@@ -1,0 +1,55 @@
+"""The README: its commands are real, its paths exist, its defaults are the code's."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from toy.config import Config, check, parse_args, resolve
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = sorted(set(re.findall(r"python toy/train_2d\.py[^`\n|#]*", README)))
+
+
+@pytest.mark.parametrize("name", ["run", "test", "verify"])
+def test_ci_runs_the_readmes_own_commands(name):
+    assert re.search(rf"<!-- ci: {name} -->\n```bash\n.+\n```", README)
+    assert f"readme {name} |" in (ROOT / ".ci/run").read_text()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_parse(command):
+    words = shlex.split(command)[2:]
+    if "--help" not in words:
+        check(resolve(*parse_args("", words)))
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) > 5
+
+
+def test_paths_exist():
+    paths = re.findall(r"\]\(([\w./-]+)\)", README) + re.findall(r"`((?:toy|tests)/[\w.]*|\w+\.py)`", README)
+    assert len(paths) > 10
+    for path in paths:
+        assert (ROOT / path).exists(), path
+
+
+def test_the_knobs_tables_defaults_are_the_codes():
+    rows = re.findall(r"^\| `--([\w-]+)` \|[^|]*\| `?([\w.]+)`? \|", README, re.M)
+    assert len(rows) >= 9
+    for name, default in rows:
+        value = getattr(Config(), name.replace("-", "_"))
+        value = 0.1 if name == "c" else value  # sim_core's
+        assert str(value) == default or float(default) == value, name
+
+
+def test_every_deviation_of_the_paper_is_listed():
+    section = README.split("departs from the paper")[1].split("\n## ")[0]
+    assert re.findall(r"^(\d+)\. ", section, re.M) == [str(i) for i in range(1, 11)]
+
+
+def test_nothing_is_left_to_fill_in():
+    assert "@@" not in README and "TODO" not in README
