@@ -113,7 +113,7 @@ class Exp(Power):
     """
 
     alpha: int = 2
-    beta: float = 1.0
+    beta: float = 0.3
 
     def __post_init__(self):
         super().__post_init__()

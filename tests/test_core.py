@@ -40,8 +40,8 @@ BY_HAND = {
     "l2": (lambda y: sum(v * v for v in y), lambda y: [2 * v for v in y]),
     "power": (lambda y: sum(v**4 for v in y), lambda y: [4 * v**3 for v in y]),
     "exp": (
-        lambda y: math.exp(sum(v * v for v in y)) - 1,
-        lambda y: [2 * math.exp(sum(w * w for w in y)) * v for v in y],
+        lambda y: math.exp(0.3 * sum(v * v for v in y)) - 1,
+        lambda y: [2 * 0.3 * math.exp(0.3 * sum(w * w for w in y)) * v for v in y],
     ),
     "l1": (lambda y: sum(map(abs, y)), lambda y: [math.copysign(1, v) for v in y]),
     "huber": (

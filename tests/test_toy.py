@@ -198,3 +198,34 @@ def test_limits_are_fixed_and_equal():
     for ax in scene_figure.axes[:2]:
         assert ax.get_xlim() == ax.get_ylim() == (-plots.LIMIT, plots.LIMIT) and ax.get_aspect() == 1
     assert scene.samples.get_offsets().shape == (50, 2)
+
+
+def test_the_live_window_draws():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    data, field = torch.randn(50, 2), torch.zeros(len(plots.field_points()), 2)
+    window = plots.Window(data, field, 1e-3, 100)
+    window.draw({"step": 3, "samples": data, "field": field}, [{"step": 3, "energy_distance": 0.1}])
+    assert window.scene.title.get_text() == "step 3"
+    window.pyplot.close("all")
+
+
+def test_the_movie_moves(tmp_path):
+    from PIL import Image, ImageChops
+
+    field = torch.zeros(len(plots.field_points()), 2)
+    snapshots = [
+        {"step": i, "samples": torch.full((20, 2), 0.5 * i), "field": field + 0.1 * i} for i in range(3)
+    ]
+    history = [{"step": i, "energy_distance": 10.0**-i} for i in range(3)]
+    plots.convergence_gif(tmp_path / "a.gif", snapshots, history, (torch.randn(50, 2), field, 1e-3, 2))
+    with Image.open(tmp_path / "a.gif") as movie:
+        frames = []
+        for i in range(movie.n_frames):
+            movie.seek(i)
+            frames.append(movie.convert("RGB"))
+    assert len(frames) == 3
+    for one, other in zip(frames, frames[1:]):  # every panel changes
+        left, _, right, _ = ImageChops.difference(one, other).getbbox()
+        assert left < one.width / 3 and right > 2 * one.width / 3

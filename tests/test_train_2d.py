@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -249,8 +250,6 @@ BAD = [
 
 @pytest.mark.parametrize("args, message", BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
 def test_bad_input_is_one_line_and_exit_2(tmp_path, capsys, monkeypatch, args, message):
-    import re
-
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as error:
         train_2d.cli([*args, "--out", str(tmp_path / "run")])
@@ -289,6 +288,25 @@ def test_damaged_checkpoints_are_refused(tmp_path, damage):
         torch.save(state, path)
     with pytest.raises(UserError, match=r"cannot resume from .*checkpoint\.pt"):
         train_2d.main(resolve(Config(**TINY, out=cfg.out, resume=True)))
+
+
+def test_a_folder_with_files_of_these_names_from_elsewhere_is_refused(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/final.png").write_text("mine")
+    with pytest.raises(UserError, match=r"final\.png but no config\.json"):
+        train_2d.main(config(tmp_path))
+    assert (tmp_path / "run/final.png").read_text() == "mine"
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    tiny = [word for k, v in TINY.items() for word in (f"--{k.replace('_', '-')}", str(v))]
+    with pytest.raises(SystemExit) as error:
+        train_2d.cli([*tiny, "--out", str(tmp_path / "run")])
+    assert error.value.code == 2 and "No space left" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_an_unwritable_folder_is_refused_before_any_work(tmp_path):
@@ -334,6 +352,7 @@ def test_presets_hold_the_papers_numbers():
 
 def test_names_of_runs_tell_them_apart():
     name = lambda *args: resolve(*parse_args("", args)).out
+    assert resolve(Config(target="grid")).width == 128 and resolve(Config(target="grid", width=9)).width == 9
     assert name() == "out/toy/ring" and name("--target", "grid") == "out/toy/grid"
     assert name("--preset", "listing1") == "out/toy/ring-listing1"
     assert name("--seed", "3", "--c", "0.2") == "out/toy/ring-seed_3-c_0.2"

@@ -60,12 +60,12 @@ class Config:
     ema: float = option(0.999, "decay of the generator's moving average, which is what gets evaluated")
     # networks
     network: str = option("edm", "vp: the plain networks and the process of Listing 1", ("edm", "vp"))
-    width: int = option(128, "hidden units per layer")
+    width: int = option(None, "hidden units per layer (default: by target)")
     sigma_init: float = option(2.5, "sigma* of the generator g(z) = D(sigma* z; sigma*)")
     teacher_steps: int = option(None, "updates of the teacher, batch 1024 (default: by target)")
     # the machine
     device: str = option("cpu", "torch device")
-    threads: int = option(0, "CPU threads (0: torch's choice)")
+    threads: int = option(1, "CPU threads, 0 for torch's choice; networks this small gain nothing from more")
     out: str = option(
         None, "folder of the run (default out/toy/NAME: the target and what differs from the defaults)"
     )
@@ -74,8 +74,11 @@ class Config:
 
 
 MACHINE = ("device", "threads", "out", "resume", "show")  # these do not change what is computed
-STEPS = {"ring": (5000, 1500), "grid": (16_000, 3000)}  # steps and teacher_steps that a target takes
-OTHER_STEPS = (8000, 2000)
+SIZES = {  # what a target takes, unless said otherwise
+    "ring": dict(steps=4000, teacher_steps=1500, width=96),
+    "grid": dict(steps=16_000, teacher_steps=3000, width=128),
+    "others": dict(steps=8000, teacher_steps=2000, width=128),
+}
 PRESETS = {
     "default": {},
     # Listing 1: VP, T = 1000, eps-network on cat[xt, t/T], g^2 weight; no warm-up, schedule or EMA.
@@ -116,13 +119,12 @@ def parse_args(description, argv=None):
 
 
 def resolve(cfg, preset="default"):
-    """Fill in what depends on other settings: steps by target, out by all that differs from the preset."""
+    """Fill in what depends on other settings: sizes by target, out by all that differs from the preset."""
     usual = dataclasses.asdict(dataclasses.replace(Config(target=cfg.target), **PRESETS[preset]))
     given = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in MACHINE and v != usual[k]}
     parts = [f"{k}_{v:g}" if isinstance(v, float) else f"{k}_{v}" for k, v in given.items()]
     name = "-".join([cfg.target, *([preset] if preset != "default" else []), *parts])
-    steps, teacher_steps = STEPS.get(cfg.target, OTHER_STEPS)
-    filled = {"steps": steps, "teacher_steps": teacher_steps, "out": f"out/toy/{name}"}
+    filled = SIZES.get(cfg.target, SIZES["others"]) | {"out": f"out/toy/{name}"}
     return dataclasses.replace(cfg, **{k: v for k, v in filled.items() if getattr(cfg, k) is None})
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import platform
+import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -37,6 +38,9 @@ DRAWS = 4  # energy distances are means over so many draws of samples and data: 
 LAG = 0.3  # squared error of the online network's noise prediction (of 2 in the plane) worth a warning
 
 
+FILES = ("checkpoint.pt", "convergence.gif", "final.png", "log.csv", "metrics.json", "samples.npz")
+
+
 class Diverged(Exception):
     """Training left the finite numbers."""
 
@@ -53,6 +57,21 @@ def replacing(path):
     os.replace(temporary, path)
 
 
+def versions():
+    """What besides the settings decides the numbers: software, and the commit where git knows it."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        commit = None
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "commit": commit,
+    }
+
+
 def settings(cfg):
     """What decides the numbers of a run."""
     return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in MACHINE}
@@ -65,10 +84,16 @@ def differences(found, cfg):
 
 
 def open_folder(cfg):
-    """Make the run's folder and its config.json.  UserError if it cannot be written or holds another run."""
+    """Make the run's folder and its config.json.
+
+    UserError if it cannot be written, holds another run, or files of these names from elsewhere.
+    """
     path = Path(cfg.out) / "config.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        foreign = [] if path.exists() else [name for name in FILES if (path.parent / name).exists()]
+        if foreign:
+            raise UserError(f"{cfg.out} has {', '.join(foreign)} but no config.json; choose another --out")
         if path.exists() and (other := differences(json.loads(path.read_text()), cfg)):
             raise UserError(f"{cfg.out} holds another run ({other}); choose another --out")
         with replacing(path) as temporary:
@@ -134,13 +159,10 @@ class Log:
         losses = {name: loss.item() for name, loss in losses.items()}
         norms = {"generator_gradient": gradient_norm(run.generator), "fake_gradient": gradient_norm(run.fake)}
         samples, now = run.ema(self.z), run.generator(self.z)
-        if not all(
-            map(math.isfinite, [*losses.values(), *norms.values(), samples.sum().item(), now.sum().item()])
-        ):
-            found = ", ".join(f"{k} {v:.3g}" for k, v in (losses | norms).items())
-            raise Diverged(
-                f"no longer finite at step {run.step} ({found}); lower --lr or raise --fake-updates"
-            )
+        numbers = losses | norms | {"samples": samples.sum().item(), "raw_samples": now.sum().item()}
+        if not all(map(math.isfinite, numbers.values())):
+            found = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
+            raise Diverged(f"no longer finite at step {run.step} ({found}); lower --lr")
         fake = sample_law(run.generator(run.bank)).denoiser if self.cfg.fake == "exact" else run.fake
         row = {"step": run.step, "seconds": self.seconds(), "fake_loss": math.nan, "surrogate": math.nan}
         row |= losses | norms
@@ -153,10 +175,9 @@ class Log:
         field = fake(self.points, self.field_sigma)
         run.snapshots.append({"step": run.step, "samples": samples.cpu(), "field": field.cpu()})
         self.warn(run.history)
-        found = (
-            f"energy {row['energy_distance']:.4f} (floor {self.floor:.4f}), sharp {row['high_quality']:.1%}"
-        )
-        self.progress.set_postfix_str(f"{found}, modes {row['modes_covered']}/{row['modes']}", refresh=False)
+        found = f"energy {row['energy_distance']:.4f} (floor {self.floor:.4f}), "
+        found += f"sharp {row['high_quality']:.1%}, modes {row['modes_covered']}/{row['modes']}"
+        self.progress.set_postfix_str(found, refresh=False)
         self.progress.update(run.step - self.progress.n)
         if self.window:
             self.window.draw(run.snapshots[-1], run.history)
@@ -168,24 +189,21 @@ class Log:
         if row["step"] < self.cfg.steps // 5:  # at first everything moves
             return
         error, true = (
-            sum(row[f"{key}_{s:g}"] for s in SIGMAS) / len(SIGMAS) for key in ("fake_error", "divergence")
+            sum(row[f"{k}_{s:g}"] for s in SIGMAS) / len(SIGMAS) for k in ("fake_error", "divergence")
         )
-        lost, cure = (row["modes"] - row["modes_covered"], "lower --lr, or raise --fake-lr or --fake-updates")
+        lost, far = row["modes"] - row["modes_covered"], 2 * history[0]["energy_distance"]
         for name, bad, message in (
             (
                 "lag",
                 error > max(LAG, true),
-                "the online network lags behind the generator: what it tells is mostly error",
+                "the online network lags: what it tells the generator is mostly error",
             ),
             ("modes", lost > row["modes"] // 10, f"{lost} of {row['modes']} modes are missing"),
-            (
-                "away",
-                row["energy_distance"] > 2 * history[0]["energy_distance"],
-                "the samples are leaving the target",
-            ),
+            ("away", row["energy_distance"] > far, "the samples are leaving the target"),
         ):
             if bad and name not in self.warned:
-                self.progress.write(f"warning, step {row['step']}: {message}; {cure}", file=sys.stderr)
+                advice = "lower --lr, or raise --fake-lr or --fake-updates"
+                self.progress.write(f"warning, step {row['step']}: {message}; {advice}", file=sys.stderr)
                 self.warned.add(name)
 
     def save(self, run):
@@ -241,11 +259,7 @@ def finish(cfg, run, log, status):
         "steps": run.step,
         "train_seconds": seconds,
     }
-    metrics["versions"] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }
+    metrics["versions"] = versions()
     with replacing(out / "samples.npz") as path:
         np.savez_compressed(path, **arrays)
     titles = f"target: {cfg.target}", "teacher, 79 evaluations", "generator, 1 evaluation"

@@ -55,7 +55,9 @@ class Scene:
         curve.text(
             steps, floor, "two samples of the target", ha="right", va="bottom", fontsize=8, color="0.4"
         )
-        curve.set(yscale="log", xlim=(0, steps), ylim=(floor / 2, 1), xlabel="generator steps")
+        curve.set(yscale="log", ylim=(floor / 2, 1), xlabel="generator steps")
+        curve.set_xscale("function", functions=(np.sqrt, np.square))  # as the log is spaced
+        curve.set_xlim(0, steps)
         curve.set_title("energy distance to the target", loc="left", fontsize=10)
         self.points, self.moving = points, (self.samples, self.fake, self.curve, self.title)
 

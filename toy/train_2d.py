@@ -13,6 +13,7 @@ with, checkpoint.pt to go on from (--resume).  Ctrl-C stops early and still writ
 """
 
 import copy
+import math
 import signal
 import sys
 import time
@@ -34,7 +35,7 @@ from toy.metrics import sample_law
 from toy.mixtures import make_target
 from toy.networks import Denoiser, Generator, VPDenoiser, mlp, vp_sigma, vp_weight
 
-LOGS = 50  # rows of the log, frames of the movie
+LOGS = 40  # rows of the log and frames of the movie, denser at first, when most happens
 
 
 def sigma_sampler(name, rng):
@@ -43,7 +44,7 @@ def sigma_sampler(name, rng):
 
 def optimiser_and_schedule(network, lr, steps, betas, schedule="cosine"):
     optimiser = torch.optim.Adam(network.parameters(), lr=lr, betas=betas, fused=True)
-    return optimiser, CosineAnnealingLR(optimiser, steps, eta_min=0.05 * lr if schedule == "cosine" else lr)
+    return optimiser, CosineAnnealingLR(optimiser, steps, eta_min=0.0 if schedule == "cosine" else lr)
 
 
 def moving_average(network, decay):
@@ -77,7 +78,8 @@ def train_teacher(cfg, target, rng, batch=1024, lr=5e-3):
     network = make_denoiser(cfg, target)
     ema = moving_average(network, 1 - 1 / max(1, 0.02 * cfg.teacher_steps))
     optimiser, schedule = optimiser_and_schedule(network, lr, cfg.teacher_steps, (0.9, 0.99))
-    draw_sigma, weight = (sigma_sampler(cfg.fake_sigma_distribution, rng), score_matching_weight(cfg, target))
+    draw_sigma = sigma_sampler(cfg.fake_sigma_distribution, rng)
+    weight = score_matching_weight(cfg, target)
     for _ in tqdm(range(cfg.teacher_steps), desc="teacher", unit="step", mininterval=0.5):
         x0, sigma = target.sample(batch, rng), draw_sigma(batch)
         noise = torch.randn(x0.shape, generator=rng, device=cfg.device)
@@ -90,17 +92,8 @@ def train_teacher(cfg, target, rng, batch=1024, lr=5e-3):
 class Run:
     """What training moves, and so what a checkpoint holds."""
 
-    MODULES = (
-        "teacher",
-        "fake",
-        "generator",
-        "ema",
-        "optimiser",
-        "schedule",
-        "fake_optimiser",
-        "fake_schedule",
-    )
-    VALUES = ("step", "bank", "history", "snapshots")
+    MODULES = "teacher fake generator ema optimiser schedule fake_optimiser fake_schedule".split()
+    VALUES = "step bank history snapshots".split()
 
     def __init__(self, cfg, teacher, rng):
         self.teacher, self.rng, self.step = teacher, rng, 0
@@ -131,9 +124,8 @@ class Run:
 def distill(cfg, run, target, teacher, log, stop):
     """Alternate the two updates until cfg.steps, or until stop(); log(run, losses) every now and then."""
     rng, batch = run.rng, cfg.batch
-    draw_sigma, draw_fake_sigma = (
-        sigma_sampler(n, rng) for n in (cfg.sigma_distribution, cfg.fake_sigma_distribution)
-    )
+    draw_sigma = sigma_sampler(cfg.sigma_distribution, rng)
+    draw_fake_sigma = sigma_sampler(cfg.fake_sigma_distribution, rng)
     fake_weight, sigma_data = score_matching_weight(cfg, target), target.data_std()
     edm_weight = lambda x0, denoised, sigma, space: sim.edm_weight(sigma, sigma_data)
     weight = {"one": 1.0, "edm": edm_weight, "sid": sim.sid_weight}[cfg.weighting]
@@ -159,9 +151,8 @@ def distill(cfg, run, target, teacher, log, stop):
         else:  # the generator *is* its bank: a mixture of points, whose score is known
             fake = sample_law(run.generator(run.bank).detach()).denoiser  # sg: s_sg[theta]
             z = run.bank[torch.randint(len(run.bank), (batch,), generator=rng, device=cfg.device)]
-        loss = loss_of(
-            teacher, fake, run.generator(z), draw_sigma(batch), normal(), distance, cfg.space
-        ).mean()
+        x0, sigma = run.generator(z), draw_sigma(batch)
+        loss = loss_of(teacher, fake, x0, sigma, normal(), distance, cfg.space).mean()
         update(run.optimiser, loss)
         run.fake.requires_grad_(True)
         return loss
@@ -170,9 +161,8 @@ def distill(cfg, run, target, teacher, log, stop):
         for _ in range(cfg.warmup if learned else 0):
             update_fake()
         log(run, {})
-    every = max(1, cfg.steps // LOGS)
+    marks, losses = {math.ceil(cfg.steps * (i / LOGS) ** 2) for i in range(1, LOGS + 1)}, {}
     while run.step < cfg.steps and not stop():
-        losses = {}
         for _ in range(cfg.fake_updates if learned else 0):
             losses["fake_loss"] = update_fake()
         losses["surrogate"] = update_generator()
@@ -181,8 +171,10 @@ def distill(cfg, run, target, teacher, log, stop):
         if learned:
             run.fake_schedule.step()
         run.step += 1
-        if run.step % every == 0 or run.step == cfg.steps:
+        if run.step in marks:
             log(run, losses)
+    if losses and run.step not in marks:  # stopped in between
+        log(run, losses)
 
 
 @contextmanager
@@ -215,11 +207,8 @@ def main(cfg):
     rng = torch.Generator(cfg.device).manual_seed(cfg.seed)
     target = make_target(cfg.target).to(cfg.device)
     start = time.perf_counter()
-    run = Run(
-        cfg,
-        make_denoiser(cfg, target).requires_grad_(False) if saved else train_teacher(cfg, target, rng),
-        rng,
-    )
+    network = make_denoiser(cfg, target).requires_grad_(False) if saved else train_teacher(cfg, target, rng)
+    run = Run(cfg, network, rng)
     if saved:
         try:
             run.load_state_dict(saved)
@@ -235,6 +224,8 @@ def main(cfg):
                 distill(cfg, run, target, teacher, log, stop)
             status = "finished" if run.step == cfg.steps else "interrupted"
         except Diverged as error:
+            if not run.history:
+                raise UserError(str(error)) from None
             progress.write(f"train_2d.py: stopped: {error}", file=sys.stderr)
             run.load_state_dict(load_checkpoint(cfg))  # the last good state
             status = "diverged"
@@ -246,7 +237,7 @@ def cli(argv=None):
     try:
         cfg = resolve(*parse_args(__doc__, argv))
         m = main(cfg)
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: the disk is full, or gone
         print(f"train_2d.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -255,9 +246,8 @@ def cli(argv=None):
     energy = [m[k] for k in ("energy_distance", "teacher_energy_distance", "energy_distance_floor")]
     print(f"{m['status']} after {m['steps']} steps; {m['train_seconds']:.0f} s of training, teacher included")
     print("  energy distance to target  {:.5f}  (teacher {:.5f}; two samples of it {:.5f})".format(*energy))
-    print(
-        f"  within 3 std of a mode     {m['high_quality']:.1%}    (teacher {m['teacher_high_quality']:.1%})"
-    )
+    print(f"  within 3 std of a mode     {m['high_quality']:.1%}", end="")
+    print(f"    (teacher {m['teacher_high_quality']:.1%})")
     print(f"  modes covered              {m['modes_covered']} of {m['modes']}", end="")
     print(f"   (error of their weights {m['mode_weight_error']:.3f})")
     print(f"  everything is in {cfg.out}; look at convergence.gif and final.png")
