@@ -26,7 +26,7 @@ def test_smooth_distances_hold_to_machine_precision(report):
 def test_kinks_and_jumps(report):
     huber, l1 = report["distances"]["huber"], report["distances"]["l1"]
     assert max(huber[c] for c in ("score", "noise", "denoised", "density")) < 1e-3
-    assert l1["density"] < 5e-3 and 0.05 < l1["score"] < 0.5, "L1 under autograd is biased, and not by little"
+    assert l1["density"] < 5e-3 and 0.05 < l1["score"] < 1, "L1 under autograd is biased, and not by little"
     assert l1["score"] == pytest.approx(l1["detached"], abs=1e-9), "all that autograd sees of sign' is 0"
 
 
