@@ -420,7 +420,10 @@ def test_pixart_is_clipped_not_redrawn():
 def test_karras_ladder():
     """B.8 with the index inside: k = 0 is 80, k = 999 would be 0.002; k runs over 0..800."""
     sigma = sim.karras_sigma(50_000, generator=torch.Generator().manual_seed(0))
-    assert len(sigma.unique()) == 801 and sigma.max().item() == pytest.approx(80, rel=1e-5)
+    top, bottom = 80 ** (1 / 7), 0.002 ** (1 / 7)
+    rungs = (sigma.double() ** (1 / 7) - top) / (bottom - top) * 999
+    assert rungs.round().unique().tolist() == list(range(801)) and (rungs - rungs.round()).abs().max() < 1e-3
+    assert sigma.max().item() == pytest.approx(80, rel=1e-5)
     last = (80 ** (1 / 7) + 800 / 999 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
     assert sigma.min().item() == pytest.approx(last, rel=1e-4) and last == pytest.approx(0.0841, abs=1e-4)
     assert sim.karras_sigma(9, last=0).unique().item() == pytest.approx(80, rel=1e-5)
