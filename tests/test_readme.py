@@ -11,13 +11,14 @@ from toy.config import Config, check, parse_args, resolve
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 RESULTS = README.split("## Results")[1].split("\n## ")[0]
-OPTIONS = sorted(set(re.findall(r"^\| `(--[^`]+)`", RESULTS, re.M)))  # of toy/train_2d.py, as its tables give them
+# options of toy/train_2d.py, as the tables of results give them
+OPTIONS = sorted(set(re.findall(r"^\| `(--[^`]+)`", RESULTS, re.M)))
 
 
 @pytest.mark.parametrize("name", ["run", "test", "verify"])
 def test_ci_runs_the_readmes_own_commands(name):
     assert re.search(rf"<!-- ci: {name} -->\n```bash\n.+\n```", README)
-    assert f"readme {name} |" in (ROOT / ".ci/run").read_text()
+    assert f"follow {name}\n" in (ROOT / ".ci/run").read_text()
 
 
 @pytest.mark.parametrize("options", OPTIONS)
