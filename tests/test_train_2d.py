@@ -379,3 +379,32 @@ def test_show_without_a_display_is_refused(tmp_path):
     }
     code, _, err = finished(command(tmp_path, "--show", env=environment))
     assert code == 2 and "--show" in err and len(err.strip().splitlines()) == 1
+
+
+def test_warnings_in_plain_words(tmp_path):
+    """Histories of a healthy run, of a lagging online network, of lost modes and of flying samples."""
+
+    class Bar(list):
+        def write(self, text, file):
+            self.append(text)
+
+    def row(step, fake_error=0.01, gap=0.02, modes=8, energy=0.01):
+        values = {"step": step, "modes": 8, "modes_covered": modes, "energy_distance": energy}
+        errors = {"fake_error": fake_error, "gap": gap}
+        return values | {f"{k}_{s:g}": v for k, v in errors.items() for s in (0.1, 0.2, 0.5, 1.0)}
+
+    log = train_2d.Log.__new__(train_2d.Log)
+    start = row(0, fake_error=0.01, gap=5.0, modes=0, energy=0.4)
+    for later, expected in (
+        ({}, None),
+        ({"fake_error": 0.14, "gap": 0.01}, "lags"),
+        ({"modes": 6}, "2 of 8 modes are missing"),
+        ({"energy": 1.0}, "leaving the target"),
+    ):
+        log.cfg, log.progress, log.warned = config(tmp_path, steps=100), Bar(), set()
+        history = [start]
+        for step in (10, 40, 70, 100):
+            history.append(row(step, **later))
+            log.warn(history)
+        assert len(log.progress) == (expected is not None), "once, and only if something is wrong"
+        assert expected is None or (expected in log.progress[0] and "lower --lr" in log.progress[0])
