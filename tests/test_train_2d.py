@@ -299,7 +299,8 @@ def test_a_folder_with_files_of_these_names_from_elsewhere_is_refused(tmp_path):
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
-    def full(*args):
+    def full(state, path):
+        path.write_text("half a checkpoint")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
@@ -307,6 +308,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as error:
         train_2d.cli([*tiny, "--out", str(tmp_path / "run")])
     assert error.value.code == 2 and "No space left" in capsys.readouterr().err.splitlines()[-1]
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.json"], "no half a file is left"
 
 
 def test_an_unwritable_folder_is_refused_before_any_work(tmp_path):

@@ -53,8 +53,11 @@ class Diverged(Exception):
 def replacing(path):
     """Write to a neighbour, then rename: neither a reader nor a crash meets half a file."""
     temporary = path.with_name("tmp-" + path.name)
-    yield temporary
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:  # a full disk is not helped by half a file
+        temporary.unlink(missing_ok=True)
 
 
 def versions():
