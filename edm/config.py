@@ -1,0 +1,205 @@
+"""The settings of every image run: documented dataclasses, the presets, and their command line."""
+
+import argparse
+import dataclasses
+import math
+import os
+import sys
+from dataclasses import dataclass, field
+
+import sim_core as sim
+
+
+class UserError(Exception):
+    """Something the user can put right: one line, exit code 2."""
+
+
+def option(default, help, choices=None, **more):
+    """A field of a settings dataclass.  more: as for argparse's add_argument."""
+    more |= {"help": help} | ({"choices": tuple(choices)} if choices else {})
+    return field(default=default, metadata=more)
+
+
+# ----------------------------------------------------------------------------------------------
+# Presets: one ladder, from minutes on a laptop to the paper's runs.
+
+# EDM's CIFAR-10 U-Net (DDPM++); 55.7 M parameters.
+CIFAR10_UNET = dict(img_resolution=32, img_channels=3, model_channels=128, channel_mult=(2, 2, 2),
+                    num_blocks=4, attn_resolutions=(16,), dropout=0.13)  # fmt: skip
+# EDM's own training: its code's defaults.  Its augmentation is not here, but for the flip.
+EDM_TRAINING = dict(steps=390_625, batch=512, lr=1e-3, beta1=0.9, beta2=0.999, lr_rampup=10_000_000,
+                    schedule="constant", ema_halflife=500_000, flip=True, every=5_000_000)  # fmt: skip
+# Table 5.  The duration and c are not in it: 200 M images are what SiD trains for; c scales with the
+# root of the number of pixels, from what served on digits.
+TABLE5 = dict(steps=781_250, batch=256, lr=1e-5, fake_lr=1e-5, beta1=0.0, beta2=0.999, sigma_init=2.5,
+              sigma_distribution="sim", fake_sigma_distribution="edm", weighting="one", c=0.7, warmup=0,
+              schedule="constant", ema_halflife=500_000, every=500_000)  # fmt: skip
+
+PRESETS = {  # name -> the data, the network of the teacher, its training, the distillation
+    "digits": dict(
+        data="digits",
+        network=dict(img_resolution=8, img_channels=1, label_dim=10, model_channels=32, channel_mult=(1, 2),
+                     num_blocks=2, attn_resolutions=(4,), dropout=0.0, channel_mult_emb=2),
+        teacher=dict(steps=1200, batch=128, lr=3e-3),
+        distill=dict(steps=1000, batch=64, lr=1e-3, fake_lr=2e-3),
+    ),
+    "fashion-mnist": dict(
+        data="/usr/share/datasets/fashion-mnist",
+        network=dict(img_resolution=32, img_channels=1, label_dim=10, model_channels=64,
+                     channel_mult=(1, 2, 2), num_blocks=2, attn_resolutions=(16,), dropout=0.0),
+        teacher=dict(steps=20_000, batch=256, lr=1e-3, ema_halflife=100_000, every=500_000),
+        distill=dict(steps=10_000, batch=256, lr=1e-4, fake_lr=2e-4, ema_halflife=100_000, every=100_000),
+    ),
+    "cifar10-uncond": dict(
+        data=None, network=CIFAR10_UNET | dict(label_dim=0), teacher=EDM_TRAINING, distill=TABLE5),
+    "cifar10-cond": dict(
+        data=None, network=CIFAR10_UNET | dict(label_dim=10), teacher=EDM_TRAINING, distill=TABLE5),
+}  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------
+# Settings.
+
+
+@dataclass(frozen=True)
+class Training:
+    """What every training has."""
+
+    preset: str = option("digits", "defaults for all that follows, and the network", PRESETS)
+    out: str = option(None, "folder of the run (default out/edm/PRESET-TASK-SEED)")
+    data: str = option(None, "'digits', or a folder or zip of images (default: by preset)")
+    seed: int = option(0, "of everything random")
+    resume: bool = option(False, "go on from the newest good checkpoint in --out, or start")
+    # optimisation
+    steps: int = option(None, "updates")
+    batch: int = option(128, "images per update, over all processes")
+    micro_batch: int = option(0, "images at a time on one process; 0: its whole share of the batch")
+    lr: float = option(1e-3, "learning rate")
+    lr_rampup: int = option(0, "images over which the learning rate grows to its value")
+    schedule: str = option("cosine", "of all learning rates: to zero at the last step, or not",
+                           ("cosine", "constant"))  # fmt: skip
+    beta1: float = option(0.0, "Adam's first beta")
+    beta2: float = option(0.99, "Adam's second beta")
+    ema_halflife: int = option(4000, "half-life of the moving average of the weights, in images")
+    ema_rampup: float = option(0.05, "the half-life is at most this share of the images so far")
+    # the machine
+    device: str = option("auto", "cpu, cuda, or auto: a GPU if there is one", ("auto", "cpu", "cuda"))
+    precision: str = option("no", "what the networks compute in; weights and losses stay float32 (no)",
+                            ("no", "bf16", "fp16"))  # fmt: skip
+    compile: bool = option(False, "torch.compile the networks; eager, with a message, where it cannot")
+    threads: int = option(0, "CPU threads; 0: torch's choice")
+    # the record
+    every: int = option(20_000, "images between two checkpoints, with sample grids")
+    keep: int = option(2, "checkpoints to keep")
+
+
+@dataclass(frozen=True)
+class TeacherTraining(Training):
+    """Training of a teacher, (B.2) with (B.5) to (B.7)."""
+
+    beta1: float = option(0.9, "Adam's first beta")
+    flip: bool = option(False, "mirror images at random")
+
+
+@dataclass(frozen=True)
+class Distillation(Training):
+    """Algorithm 2, and the choices of B.2."""
+
+    teacher: str = option(None, "FILE.pkl of NVlabs or FILE.safetensors of ours; without one, it is trained")
+    method: str = option("sim", "loss of the generator", ("sim", "sid", "diff_instruct"))
+    distance: str = option("pseudo_huber", "row of Table 4, for sim", sim.DISTANCES)
+    c: float = option(None, "where pseudo_huber turns linear, in the units of --space")
+    delta: float = option(None, "where huber turns linear, likewise")
+    alpha: float = option(None, "power of power and exp (even), or the alpha of sid")
+    beta: float = option(None, "scale of exp")
+    space: str = option("denoised", "what the distance compares", sim.SPACES)
+    sigma_distribution: str = option("edm", "noise levels of the generator's update", sim.SIGMA_DISTRIBUTIONS)
+    weighting: str = option("one", "weight over sigma of the generator's loss", ("one", "edm", "sid"))
+    fake_sigma_distribution: str = option("edm", "noise levels of the online update", sim.SIGMA_DISTRIBUTIONS)
+    fake_lr: float = option(2e-3, "learning rate of the online network")
+    fake_updates: int = option(1, "online updates per generator update")
+    warmup: int = option(0, "first steps, in which only the online network learns")
+    share: bool = option(True, "the last online update and the generator's use the same samples: one forward")
+    sigma_init: float = option(2.5, "sigma* of the generator g(z) = D(sigma* z; sigma*)")
+    samples: int = option(10_000, "samples behind metrics.json, where there are data to compare with")
+
+
+MACHINE = ("out", "resume", "device", "compile", "threads", "keep", "micro_batch")  # these decide no result
+
+
+def settings(cfg):
+    """What decides the numbers of a run, ready for JSON."""
+    return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in MACHINE}
+
+
+def surrogate(cfg):
+    """--method, --distance and their parameters as sim_core.generator_loss takes them."""
+    given = {k: getattr(cfg, k) for k in ("c", "delta", "alpha", "beta") if getattr(cfg, k) is not None}
+    if cfg.method == "sim":
+        return sim.make_distance(cfg.distance, **given)
+    loss = {"sid": sim.sid_loss, "diff_instruct": sim.diff_instruct_loss}[cfg.method]
+    if unfit := set(given) - ({"alpha"} if cfg.method == "sid" else set()):
+        raise ValueError(f"--method {cfg.method} does not take {', '.join(sorted(unfit))}")
+    return lambda *tensors: loss(*tensors, **given)
+
+
+RULES = (  # names, test, words
+    ("steps batch fake_updates keep samples every ema_halflife", lambda v: v >= 1, "at least 1"),
+    ("seed micro_batch lr_rampup threads warmup", lambda v: v >= 0, "0 or more"),
+    ("lr fake_lr sigma_init", lambda v: 0 < v < math.inf, "positive"),
+    ("beta1 beta2", lambda v: 0 <= v < 1, "in [0, 1)"),
+    ("ema_rampup", lambda v: 0 < v < math.inf, "positive"),
+)
+
+
+def check(cfg):
+    """Refuse impossible settings, each by its name.  Raises UserError."""
+    for names, fits, rule in RULES:
+        for name in names.split():
+            if hasattr(cfg, name) and not fits(getattr(cfg, name)):
+                raise UserError(f"--{name.replace('_', '-')} must be {rule}, got {getattr(cfg, name)}")
+    if isinstance(cfg, Distillation):
+        try:
+            surrogate(cfg)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+
+# ----------------------------------------------------------------------------------------------
+# Command lines.
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def parse(cls, description, argv=None, presets=None):
+    """Command line -> cls, a dataclass of options.  presets: {name: {field: value}}, for --preset."""
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in dataclasses.fields(cls):
+        about = dict(f.metadata)
+        if f.type is bool:
+            about["action"] = argparse.BooleanOptionalAction if f.default else "store_true"
+        else:
+            about["type"] = f.type
+            about["help"] += "" if f.default is None else " (default %(default)s)"
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **about)
+    if presets:
+        parser.set_defaults(**presets[parser.parse_known_args(argv)[0].preset])
+    return cls(**vars(parser.parse_args(argv)))
+
+
+def command_line(main, cls, description, argv=None, presets=None):
+    """Parse, run main(cfg), return the exit code: 2 and one line for a wrong input."""
+    name = os.path.basename(sys.argv[0])
+    try:
+        return main(parse(cls, description, argv, presets)) or 0
+    except (UserError, OSError) as error:  # OSError: the disk is full, or gone
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130

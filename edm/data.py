@@ -1,0 +1,295 @@
+"""Image data sets, read whole into memory, and the way from pixels to network inputs and back.
+
+Every reader returns images (N, C, H, W) uint8 and labels (N,) int64 or None.  Files are foreign:
+nothing in them is executed, no count in a header is believed, and whatever is wrong with one becomes
+a UserError that names it.
+"""
+
+import gzip
+import json
+import math
+import os
+import struct
+import zipfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from edm.config import UserError
+from edm.safe_pickle import load_inert
+
+# Far above any data set meant here, far below what a gzip or zip bomb announces.
+MAX_IMAGES, MAX_MEMBER, MAX_CLASSES = 2**20, 2**28, 2**16  # in an IDX file; bytes of a zip's member; labels
+PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\x0dIHDR"
+
+
+@dataclass(frozen=True)
+class Images:
+    """images (N, C, H, W) uint8; labels (N,) int64, or None; name: where they came from."""
+
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    name: str
+
+    def __len__(self):
+        return len(self.images)
+
+    @property
+    def num_classes(self):
+        """Largest label + 1; 0 without labels."""
+        return 0 if self.labels is None else int(self.labels.max()) + 1
+
+
+def load_images(source, train=True, resolution=None):
+    """Read a data set, whose kind is told by its content.
+
+    source: "digits" (scikit-learn's, 1797 of 1x8x8), or the path of
+        a folder with MNIST's or Fashion-MNIST's IDX files, gzipped or not (padded with 0 to 1x32x32),
+        a folder with CIFAR-10's batches, original binary or Python version (3x32x32),
+        a zip or a folder of PNGs, nested or not, in the order of their names, with or without EDM's
+        dataset.json for labels: all 8-bit grey or all 8-bit RGB, of one size, square.
+    train: the training or the test images; "digits" and PNGs have no such parts: always all of them.
+    resolution: the height and width that the images must have; None: any.
+    Raises UserError naming the file and the reason for anything missing, damaged or unfit.
+    """
+    path = Path(source)
+    if source == "digits":
+        images, labels = load_digits()
+    elif path.is_dir():
+        images, labels = load_folder(path, train)
+    else:
+        images, labels = load_zip(path)
+    if resolution is not None and images.shape[-1] != resolution:
+        raise UserError(f"{source}: its images are of resolution {images.shape[-1]}, not {resolution}")
+    return Images(images, labels, str(source))
+
+
+@contextmanager
+def naming(file):
+    """Whatever goes wrong inside becomes a UserError of one line that begins with the file's name."""
+    try:
+        yield
+    except Exception as error:  # damaged bytes can raise nearly anything
+        reason = str(error) if isinstance(error, UserError) else getattr(error, "strerror", None)
+        text = f"{file}: {reason or f'not readable ({type(error).__name__}: {error})'}"
+        raise UserError("".join(c if c.isprintable() else "?" for c in text)) from None
+
+
+def load_digits():
+    from sklearn import datasets  # here, because importing it takes a second
+
+    digits = datasets.load_digits()
+    images = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8))  # were 0 to 16
+    return images[:, None], torch.from_numpy(digits.target.astype(np.int64))
+
+
+def load_folder(folder, train):
+    with naming(folder):
+        files = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    if any(file.startswith(("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")) for file in files):
+        return load_mnist(folder, "train" if train else "t10k")
+    batches = [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
+    for suffix, read in (".bin", read_binary_batch), ("", read_python_batch):
+        if any(batch + suffix in files for part in batches for batch in part):
+            return load_cifar10([folder / (batch + suffix) for batch in batches[not train]], read)
+    return load_pngs(folder, files, lambda name: (folder / name).read_bytes())
+
+
+def below_ten(labels):
+    """labels (N,) uint8 -> int64.  MNIST and CIFAR-10 both have ten classes."""
+    if labels.max() > 9:
+        raise UserError(f"label {int(labels.max())} is not one of the ten classes")
+    return labels.long()
+
+
+# ----------------------------------------------------------------------------------------------
+# MNIST's format, IDX: two zero bytes, 8 for "unsigned bytes", the number of dimensions, the
+# dimensions as big-endian 32-bit numbers, the bytes.
+
+
+def load_mnist(folder, part):
+    images = read_idx(folder / f"{part}-images-idx3-ubyte", 28, 28)
+    labels = read_idx(folder / f"{part}-labels-idx1-ubyte")
+    with naming(folder / f"{part}-labels-idx1-ubyte"):
+        if len(labels) != len(images):
+            raise UserError(f"{len(labels)} labels for {len(images)} images")
+        return F.pad(images[:, None], (2, 2, 2, 2)), below_ten(labels)
+
+
+def read_idx(file, *size):
+    """An IDX file of N items of this size, or the same with .gz -> (N, *size) uint8."""
+    file = file if file.exists() else file.with_name(file.name + ".gz")
+    with naming(file), (gzip.open if file.suffix == ".gz" else open)(file, "rb") as stream:
+        head = stream.read(8 + 4 * len(size)).ljust(8 + 4 * len(size), b"\0")
+        magic, count, *found = struct.unpack(f">{2 + len(size)}I", head)
+        if magic != 0x801 + len(size):
+            raise UserError(f"it begins with {magic:08x}, not with {0x801 + len(size):08x}")
+        if found != [*size] or not 0 < count <= MAX_IMAGES:
+            raise UserError(f"it announces {count} items of size {found}, not 1 to {MAX_IMAGES} of {[*size]}")
+        total = count * math.prod(size)
+        body = stream.read(total + 1)  # to the end: only there does gzip check its checksum
+        if len(body) != total:
+            holds = "more" if len(body) > total else len(body)
+            raise UserError(f"it announces {total} bytes but holds {holds}")
+    return torch.frombuffer(bytearray(body), dtype=torch.uint8).reshape(count, *size)
+
+
+# ----------------------------------------------------------------------------------------------
+# CIFAR-10's batches: 3072 bytes an image, [C, H, W]; labels 0 to 9.
+
+
+def load_cifar10(files, read):
+    parts = []
+    for file in files:
+        with naming(file):
+            images, labels = read(file.read_bytes())
+            parts.append((images.reshape(-1, 3, 32, 32), below_ten(labels)))
+    images, labels = zip(*parts)
+    return torch.cat(images), torch.cat(labels)
+
+
+def read_binary_batch(content):
+    """Records of a label and an image -> images (N, 3072), labels (N,), uint8."""
+    if not content or len(content) % 3073:
+        raise UserError(f"its {len(content)} bytes are not whole records of 3073")
+    records = torch.frombuffer(bytearray(content), dtype=torch.uint8).reshape(-1, 3073)
+    return records[:, 1:], records[:, 0]
+
+
+class Inert:
+    """Stands for everything of numpy in a batch: keeps what it is given and does nothing."""
+
+    args = state = ()
+
+    def __init__(self, *args):
+        self.args = args
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+# A class, not a function, for _reconstruct too: a pickle can set a function's attributes.
+NUMPY = {
+    ("numpy.core.multiarray", "_reconstruct"): Inert,
+    ("numpy", "ndarray"): Inert,
+    ("numpy", "dtype"): Inert,
+}
+
+
+def read_python_batch(content):
+    """A pickle of Python 2, a dictionary with data and labels -> images (N, 3072), labels (N,), uint8."""
+    batch = load_inert(BytesIO(content), NUMPY, encoding="bytes")
+    labels = bytearray(list(batch[b"labels"]))  # fails for all but numbers from 0 to 255
+    _, shape, dtype, fortran_order, data = batch[b"data"].state
+    if dtype.args[:1] != (b"u1",) or fortran_order or shape != (len(labels), 3072) or not labels:
+        raise UserError(f"its data are not an array of bytes ({len(labels)}, 3072), as many as its labels")
+    if len(data) != 3072 * len(labels):
+        raise UserError(f"its array does not hold {3072 * len(labels)} bytes")
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8), torch.frombuffer(labels, dtype=torch.uint8)
+
+
+# ----------------------------------------------------------------------------------------------
+# PNGs.  dataset.json: {"labels": [[name, label], ...] or null}, label a class index or one-hot.
+
+
+def load_zip(path):
+    def read(name):
+        if archive.getinfo(name).file_size > MAX_MEMBER:  # if this number is a lie, zipfile refuses it
+            raise UserError(f"larger than {MAX_MEMBER} bytes")
+        return archive.read(name)
+
+    with naming(path):
+        archive = zipfile.ZipFile(path)
+    with archive:
+        return load_pngs(path, archive.namelist(), read)
+
+
+def load_pngs(source, files, read):
+    """files: all names in it.  read(name) -> bytes.  An image of another kind is an error, not skipped."""
+    images, labels, known = [], None, Image.registered_extensions()
+    names = sorted({name for name in files if os.path.splitext(name)[1].lower() in known})
+    if not names:
+        raise UserError(f"{source}: there are no images in it")
+    for name in names:
+        with naming(f"{source}/{name}"):
+            images.append(read_png(read(name)))
+            if images[-1].shape != images[0].shape:
+                shape, first = images[-1].shape, images[0].shape
+                raise UserError(f"its channels, height and width are {shape}, those of {names[0]} {first}")
+    if "dataset.json" in files:
+        with naming(f"{source}/dataset.json"):
+            labels = read_labels(read("dataset.json"), names)
+    return torch.from_numpy(np.stack(images)), labels
+
+
+def read_png(content):
+    """The bytes of a square 8-bit grey or RGB PNG -> (C, H, W) uint8 array, C = 1 or 3."""
+    if not content.startswith(PNG_START) or len(content) < 26:
+        raise UserError("not a PNG")
+    width, height, depth, colour = struct.unpack(">IIBB", content[16:26])
+    if depth != 8 or colour not in (0, 2):  # pillow would convert, or give a palette's indices
+        raise UserError(
+            f"its bit depth is {depth}, its colour type {colour}: neither 8-bit grey nor 8-bit RGB"
+        )
+    if width != height:
+        raise UserError(f"it is {height}x{width}, not square")
+    try:
+        Image.open(BytesIO(content), formats=["PNG"]).verify()  # the checksums, which decoding ignores
+        pixels = np.asarray(Image.open(BytesIO(content), formats=["PNG"]))
+    except Exception as error:  # pillow's own words name a buffer's address, not the file
+        raise UserError(f"a damaged PNG ({type(error).__name__})") from None
+    return pixels.reshape(height, width, 1 if colour == 0 else 3).transpose(2, 0, 1)
+
+
+def read_labels(content, names):
+    """The text of dataset.json -> labels (N,) int64 in the order of names, or None."""
+    entries = json.loads(content)["labels"]
+    if entries is None:
+        return None
+    if len(entries) != len(names):
+        raise UserError(f"{len(entries)} labels for {len(names)} images")
+    labels = dict(entries)
+    return torch.tensor([class_index(name, labels.get(name)) for name in names])
+
+
+def class_index(name, label):
+    if isinstance(label, list) and sorted(label) == [0] * (len(label) - 1) + [1]:
+        label = label.index(1)
+    if type(label) is not int or not 0 <= label < MAX_CLASSES:
+        raise UserError(f"the label of {name}, {str(label)[:60]}, is neither a class index nor one-hot")
+    return label
+
+
+# ----------------------------------------------------------------------------------------------
+# Pixels, labels and what the networks take.
+
+
+def to_network(images):
+    """uint8 images, any shape -> float32 in [-1, 1]: u / 127.5 - 1."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images of {images.dtype}, not uint8")
+    return images.to(torch.float32) / 127.5 - 1
+
+
+def to_uint8(x):
+    """Float images, any shape -> uint8: x * 127.5 + 128, clipped to [0, 255], truncated, not rounded.
+
+    Takes back to_network exactly.  Raises ValueError for NaN, which has no pixel value.
+    """
+    if torch.isnan(x).any():
+        raise ValueError("the images contain NaN")
+    return (x * 127.5 + 128).clip(0, 255).to(torch.uint8)
+
+
+def one_hot(labels, label_dim):
+    """labels (N,) int64 -> (N, label_dim) float32.  Raises UserError naming a label out of range."""
+    outside = labels[(labels < 0) | (labels >= label_dim)]
+    if len(outside):
+        raise UserError(f"label {int(outside[0])} is not one of the {label_dim} classes, which begin with 0")
+    return F.one_hot(labels, label_dim).to(torch.float32)
