@@ -28,27 +28,29 @@ CIFAR10_UNET = dict(img_resolution=32, img_channels=3, model_channels=128, chann
                     num_blocks=4, attn_resolutions=(16,), dropout=0.13)  # fmt: skip
 # EDM's own training: its code's defaults.  Its augmentation is not here, but for the flip.
 EDM_TRAINING = dict(steps=390_625, batch=512, lr=1e-3, beta1=0.9, beta2=0.999, lr_rampup=10_000_000,
-                    schedule="constant", ema_halflife=500_000, flip=True, every=5_000_000)  # fmt: skip
-# Table 5.  The duration and c are not in it: 200 M images are what SiD trains for; c scales with the
-# root of the number of pixels, from what served on digits.
+                    ema_halflife=500_000, flip=True, every=5_000_000)  # fmt: skip
+# Table 5.  Not in it: the duration, 200 M images as SiD trains, and c, here what served on digits times
+# the root of the ratio of pixels.
 TABLE5 = dict(steps=781_250, batch=256, lr=1e-5, fake_lr=1e-5, beta1=0.0, beta2=0.999, sigma_init=2.5,
-              sigma_distribution="sim", fake_sigma_distribution="edm", weighting="one", c=0.7, warmup=0,
-              schedule="constant", ema_halflife=500_000, every=500_000)  # fmt: skip
+              sigma_distribution="sim", fake_sigma_distribution="edm", weighting="one", c=2.0, warmup=0,
+              ema_halflife=500_000, every=500_000)  # fmt: skip
 
 PRESETS = {  # name -> the data, the network of the teacher, its training, the distillation
     "digits": dict(
         data="digits",
-        network=dict(img_resolution=8, img_channels=1, label_dim=10, model_channels=32, channel_mult=(1, 2),
+        network=dict(img_resolution=8, img_channels=1, label_dim=10, model_channels=24, channel_mult=(1, 2),
                      num_blocks=2, attn_resolutions=(4,), dropout=0.0, channel_mult_emb=2),
-        teacher=dict(steps=1200, batch=128, lr=3e-3),
-        distill=dict(steps=1000, batch=64, lr=1e-3, fake_lr=2e-3),
+        teacher=dict(steps=1000, batch=64, lr=3e-3, lr_end=0.0, ema_halflife=20_000),
+        distill=dict(steps=760, batch=64, warmup=60, lr=1e-3, fake_lr=2e-3, lr_end=0.1, c=0.3,
+                     ema_halflife=20_000, ema_rampup=0.2, samples=1797),
     ),
     "fashion-mnist": dict(
         data="/usr/share/datasets/fashion-mnist",
         network=dict(img_resolution=32, img_channels=1, label_dim=10, model_channels=64,
                      channel_mult=(1, 2, 2), num_blocks=2, attn_resolutions=(16,), dropout=0.0),
-        teacher=dict(steps=20_000, batch=256, lr=1e-3, ema_halflife=100_000, every=500_000),
-        distill=dict(steps=10_000, batch=256, lr=1e-4, fake_lr=2e-4, ema_halflife=100_000, every=100_000),
+        teacher=dict(steps=20_000, batch=256, lr=1e-3, lr_end=0.0, ema_halflife=100_000, every=500_000),
+        distill=dict(steps=10_000, batch=256, lr=1e-4, fake_lr=2e-4, lr_end=0.1, warmup=200, c=1.2,
+                     ema_halflife=100_000, every=100_000),
     ),
     "cifar10-uncond": dict(
         data=None, network=CIFAR10_UNET | dict(label_dim=0), teacher=EDM_TRAINING, distill=TABLE5),
@@ -76,8 +78,7 @@ class Training:
     micro_batch: int = option(0, "images at a time on one process; 0: its whole share of the batch")
     lr: float = option(1e-3, "learning rate")
     lr_rampup: int = option(0, "images over which the learning rate grows to its value")
-    schedule: str = option("cosine", "of all learning rates: to zero at the last step, or not",
-                           ("cosine", "constant"))  # fmt: skip
+    lr_end: float = option(1.0, "learning rates fall along a cosine to this share of theirs; 1: constant")
     beta1: float = option(0.0, "Adam's first beta")
     beta2: float = option(0.99, "Adam's second beta")
     ema_halflife: int = option(4000, "half-life of the moving average of the weights, in images")
@@ -147,6 +148,7 @@ RULES = (  # names, test, words
     ("steps batch fake_updates keep samples every ema_halflife", lambda v: v >= 1, "at least 1"),
     ("seed micro_batch lr_rampup threads warmup", lambda v: v >= 0, "0 or more"),
     ("lr fake_lr sigma_init", lambda v: 0 < v < math.inf, "positive"),
+    ("lr_end", lambda v: 0 <= v <= 1, "in [0, 1]"),
     ("beta1 beta2", lambda v: 0 <= v < 1, "in [0, 1)"),
     ("ema_rampup", lambda v: 0 < v < math.inf, "positive"),
 )

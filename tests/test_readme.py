@@ -15,9 +15,9 @@ RESULTS = README.split("## Results")[1].split("\n## ")[0]
 OPTIONS = sorted(set(re.findall(r"^\| `(--[^`]+)`", RESULTS, re.M)))
 
 
-@pytest.mark.parametrize("name", ["run", "test", "verify"])
+@pytest.mark.parametrize("name", ["run", "test", "verify", "images"])
 def test_ci_runs_the_readmes_own_commands(name):
-    assert re.search(rf"<!-- ci: {name} -->\n```bash\n.+\n```", README)
+    assert re.search(rf"<!-- ci: {name} -->\n```bash\n(.+\n)+```", README)
     assert f"follow {name}\n" in (ROOT / ".ci/run").read_text()
 
 
@@ -31,7 +31,9 @@ def test_there_are_results():
 
 
 def test_paths_exist():
-    paths = re.findall(r"\]\(([\w./-]+)\)", README) + re.findall(r"`((?:toy|tests)/[\w.]*|\w+\.py)`", README)
+    paths = re.findall(r"\]\(([\w./-]+)\)", README) + re.findall(
+        r"`((?:toy|edm|tests)/[\w.]*|\w+\.py)`", README
+    )
     assert len(paths) > 10
     for path in paths:
         assert (ROOT / path).exists(), path

@@ -1,0 +1,172 @@
+"""Compare a one-step student with its teacher and with the data.
+
+    python edm/evaluate.py --student out/edm/digits/generator.safetensors --data digits
+    python edm/evaluate.py --student generator.safetensors --data cifar-10-batches-bin \\
+        --inception inception-2015-12-05.pt --reference cifar10-32x32.npz
+    torchrun --nproc-per-node 4 edm/evaluate.py ...          # the same numbers, sooner
+
+The images are those of seeds 0, 1, 2, ...  With --inception the Fréchet distance is the FID, to the
+statistics of --reference, or to the data's own without one.  Otherwise features are those of a small
+classifier, trained on the data once and kept in a file.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
+
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+
+from edm import checkpoints
+from edm.config import UserError, command_line, option
+from edm.data import load_images
+from edm.metrics import (
+    Inception,
+    Reference,
+    classifier_features,
+    data_floor,
+    evaluate_samples,
+    features_of,
+    inception_score,
+    load_statistics,
+)
+from edm.sample import make_sampler, sample_batches
+
+
+@dataclass(frozen=True)
+class Settings:
+    student: str = option(None, "generator.safetensors of a run", required=True, metavar="FILE")
+    teacher: str = option(None, "its teacher (default: as the student's file says)", metavar="FILE")
+    data: str = option(None, '"digits", or a data set\'s path', required=True)
+    inception: str = option(None, "inception-2015-12-05.pt, for FID", metavar="FILE")
+    reference: str = option(None, ".npz with mu and sigma to compute FID to", metavar="FILE")
+    classifier: str = option(
+        None, "the classifier, kept (default out/edm/classifier-DATA.safetensors)", metavar="FILE"
+    )
+    samples: int = option(50_000, "images of each sampler")
+    steps: int = option(18, "the teacher's Heun steps: 2 * steps - 1 evaluations")
+    batch: int = option(256, "images at a time")
+    out: str = option("metrics.json", "file for the numbers")
+
+
+def check(cfg):
+    """What can be refused before anything is read."""
+    for name, least in (("samples", 5), ("steps", 2), ("batch", 1)):
+        if getattr(cfg, name) < least:
+            raise UserError(f"--{name} must be at least {least}, got {getattr(cfg, name)}")
+    if Path(cfg.out).exists():
+        raise UserError(f"{cfg.out}: exists already, and nothing is overwritten; choose another --out")
+    if not Path(cfg.out).parent.is_dir():
+        raise UserError(f"{Path(cfg.out).parent}: no such folder, for --out")
+    if cfg.reference and not cfg.inception:
+        raise UserError("--reference holds statistics of Inception features: it needs --inception")
+
+
+def load_networks(cfg):
+    """-> {"student": (network, about), "teacher": (network, about)}."""
+    student, about = checkpoints.load(cfg.student)
+    if "sigma_init" not in about:
+        raise UserError(f"{cfg.student}: a denoiser, not a one-step generator (it names no sigma_init)")
+    path = cfg.teacher or about.get("teacher")
+    if not path:
+        raise UserError(f"{cfg.student}: names no teacher; give one with --teacher")
+    teacher, teacher_about = checkpoints.load(path)
+    if "sigma_init" in teacher_about:
+        raise UserError(f"{path}: a one-step generator, not a teacher")
+    if teacher.shape != student.shape:
+        raise UserError(f"{path}: makes images of {teacher.shape}, but the student of {student.shape}")
+    return {"student": (student, about), "teacher": (teacher, teacher_about)}
+
+
+def load_data(cfg, network):
+    data = load_images(cfg.data, resolution=network.img_resolution)
+    channels = data.images.shape[1]
+    if channels != network.img_channels:
+        wanted = f"but {cfg.student} makes {network.img_channels}"
+        raise UserError(f"{cfg.data}: its images have {channels} channels, {wanted}")
+    return data
+
+
+def feature_network(cfg, data, state):
+    if cfg.inception:
+        return Inception(cfg.inception).to(state.device)
+    default = f"out/edm/classifier-{Path(cfg.data).stem}.safetensors"
+    with state.main_process_first():  # which trains; the others read its file
+        return classifier_features(data, cfg.classifier or default).to(state.device)
+
+
+def timed(batches, clock):
+    """The images of `sample_batches`; the seconds it takes to make them are added to clock[0]."""
+    batches = iter(batches)
+    while True:
+        start = time.perf_counter()
+        batch = next(batches, None)
+        clock[0] += time.perf_counter() - start
+        if batch is None:
+            return
+        yield batch[1]
+
+
+def evaluate(cfg, name, network, about, net, reference, state):
+    """One sampler's row of the table, from images of which each process makes its share."""
+    network.to(state.device)
+    sample, evaluations = make_sampler(network, about, cfg.steps)
+    seeds = range(cfg.samples)[state.process_index :: state.num_processes]
+    batches = sample_batches(sample, network, seeds, cfg.batch, device=state.device)
+    bar = tqdm(batches, name, -(-len(seeds) // cfg.batch), disable=not state.is_main_process, leave=False)
+    clock = [0.0]
+    row = evaluate_samples(net, reference, timed(bar, clock))
+    if row["images"] != cfg.samples:
+        raise UserError(f"asked for {cfg.samples} images of the {name}, got {row['images']}")
+    speed = {"seconds": clock[0], "images_per_second": cfg.samples / clock[0]}
+    return {"evaluations": evaluations} | row | speed
+
+
+def table(result):
+    rows, floor = {name: result[name] for name in ("student", "teacher")}, result["data_floor"]
+    lines = ["        evaluations        FD      IS  precision  recall  seconds  images/s"]
+    for name, row in rows.items():
+        lines.append(
+            f"{name:8}{row['evaluations']:11}{row['fd']:10.3f}{row['inception_score']:8.2f}"
+            f"{row['precision']:11.3f}{row['recall']:8.3f}{row['seconds']:9.1f}{row['images_per_second']:10.1f}"
+        )
+    one, other = floor["sizes"]
+    lines.append(f"{'data':19}{floor['fd']:10.3f}{floor['inception_score']:8.2f}")
+    return "\n".join([*lines, f"(FD of the data: {one} of its images against the other {other})"])
+
+
+def compare(cfg):
+    """Student, teacher and data floor: what main prints and writes, as a dictionary."""
+    state = PartialState(cpu=not torch.cuda.is_available())  # else torchrun on CPUs goes unnoticed
+    networks = load_networks(cfg)
+    data = load_data(cfg, networks["student"][0])
+    net = feature_network(cfg, data, state)
+    statistics = load_statistics(cfg.reference, net.num_features) if cfg.reference else None
+    mine = data.images[state.process_index :: state.num_processes]
+    features, probabilities = features_of(net, mine.split(cfg.batch))
+    reference = Reference(features, statistics)
+    floor = data_floor(features) | {"inception_score": inception_score(probabilities)}
+    rows = {name: evaluate(cfg, name, *networks[name], net, reference, state) for name in networks}
+    about = {"torch": torch.__version__, "device": str(state.device), "processes": state.num_processes}
+    return rows | {"data_floor": floor, "settings": dataclasses.asdict(cfg), "run": about}
+
+
+def main(cfg):
+    check(cfg)
+    result = compare(cfg)
+    if PartialState().is_main_process:
+        print(table(result))
+        with checkpoints.replacing(cfg.out) as temporary:
+            entries = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in result.items())
+            temporary.write_text("{\n" + ",\n".join(entries) + "\n}\n")
+        print(f"wrote {cfg.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(command_line(main, Settings, __doc__))

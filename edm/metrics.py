@@ -1,0 +1,323 @@
+"""How good are these images?  Fréchet distance, Inception Score, precision and recall, class counts.
+
+All of them look at images through a feature network, an nn.Module in eval mode with
+
+    net(images)                -> features (B, net.num_features), float32
+    net.probabilities(images)  -> class probabilities (B, K)            images: (B, C, H, W), uint8
+
+`Inception` is the usual one; its Fréchet distance is the FID.  Where its file is not at hand, or the
+images are not photographs, `classifier_features` trains a small classifier on the data instead.  Its
+numbers compare only with one another: same data, same cache file.
+"""
+
+import hashlib
+import inspect
+import itertools
+import sys
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.inception import InceptionScore
+
+from edm.checkpoints import naming, replacing
+from edm.config import UserError
+from edm.data import to_network
+
+# ----------------------------------------------------------------------------------------------
+# Feature networks.
+
+
+class Inception(nn.Module):
+    """The Inception network of the FID: NVIDIA's TorchScript file inception-2015-12-05.pt.
+
+    It resizes and scales by itself.  Its probabilities are those of its softmax, output bias
+    included; some codes leave the bias out of the Inception Score.  TorchScript runs no Python.
+    Raises UserError for a file that is not such a network.
+    """
+
+    def __init__(self, path):
+        super().__init__()
+        with naming(path), open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript as a whole
+            self.net = torch.jit.load(file, map_location="cpu").eval()
+            probe = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+            _, self.num_features = self(probe).shape
+            _, _ = self.probabilities(probe).shape
+
+    def forward(self, images):
+        return self.net(images.expand(-1, 3, -1, -1), return_features=True).float()
+
+    def probabilities(self, images):
+        return self.net(images.expand(-1, 3, -1, -1)).float()
+
+
+class SmallClassifier(nn.Module):
+    """A small convolutional classifier, to be trained; its features are the inputs of its last layer.
+
+    images: edm.data.Images, which set its size: convolutions halve the resolution down to 4x4.
+    Raises UserError if they have no labels.
+    """
+
+    num_features = 64
+
+    def __init__(self, images):
+        super().__init__()
+        if images.labels is None:
+            raise UserError(f"{images.name}: has no labels, which a classifier needs")
+        _, channels, resolution, _ = images.images.shape
+        width = 32 if resolution <= 16 else 16  # larger images: half the width, for speed
+        layers = [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.SiLU()]
+        while resolution > 4:
+            now, width, resolution = width, min(2 * width, 64), (resolution + 1) // 2
+            layers += [nn.Conv2d(now, width, 3, stride=2, padding=1), nn.BatchNorm2d(width), nn.SiLU()]
+        layers += [nn.Flatten(), nn.Linear(width * resolution**2, self.num_features), nn.SiLU()]
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(self.num_features, images.num_classes)
+
+    def forward(self, images):
+        return self.body(to_network(images))
+
+    def probabilities(self, images):
+        return self.head(self(images)).softmax(1)
+
+
+def shifted(images, pixels, rng):
+    """Each image (B, C, H, W) moved by up to `pixels` each way, zeros (black) coming in."""
+    B, _, H, W = images.shape
+    padded = F.pad(images, [pixels] * 4)
+    down, right = torch.randint(2 * pixels + 1, (2, B, 1), generator=rng)
+    rows, columns = down + torch.arange(H), right + torch.arange(W)  # (B, H), (B, W)
+    picked = padded[torch.arange(B)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return picked.permute(0, 3, 1, 2)
+
+
+def train_classifier(images, seed=0, batch_size=64, lr=4e-3):
+    """edm.data.Images with labels -> (SmallClassifier, its accuracy on a tenth it never saw).
+
+    Some seconds for the digits, a minute or two for Fashion-MNIST.  Always on the CPU: there the
+    same seed gives the same bits, on one machine and number of threads.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = SmallClassifier(images)
+    held_out, kept = torch.randperm(len(images), generator=rng).tensor_split([max(1, len(images) // 10)])
+    epochs = max(3, 30_000 // len(kept))
+    orders = torch.cat([kept[torch.randperm(len(kept), generator=rng)] for _ in range(epochs)])
+    batches = orders[: len(orders) // batch_size * batch_size].split(batch_size)
+    optimiser = torch.optim.AdamW(net.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, len(batches))
+    for batch in batches:
+        logits = net.head(net(shifted(images.images[batch], images.images.shape[-1] // 16 or 1, rng)))
+        optimiser.zero_grad()
+        F.cross_entropy(logits, images.labels[batch]).backward()
+        optimiser.step()
+        schedule.step()
+    net.eval().requires_grad_(False)
+    hits = [net.probabilities(images.images[b]).argmax(1) == images.labels[b] for b in held_out.split(1000)]
+    return net, torch.cat(hits).float().mean().item()
+
+
+def digest(*parts):
+    """SHA-256 over tensors, with shapes and types, and strings."""
+    total = hashlib.sha256()
+    for part in parts:
+        tensor = isinstance(part, torch.Tensor)
+        total.update((f"{part.dtype} {list(part.shape)}" if tensor else part).encode() + b"\0")
+        total.update(part.numpy().tobytes() if tensor else b"")
+    return total.hexdigest()
+
+
+def read_cache(path, origin):
+    """State dict of a classifier.  ValueError or the like if the file is not what was written."""
+    with safe_open(path, "pt") as file:
+        about = file.metadata() or {}
+        state = {name: file.get_tensor(name) for name in sorted(file.keys())}
+    if about.get("origin") != origin:
+        raise ValueError("made from other data or by other code")
+    if about.get("weights") != digest(*state, *state.values()):
+        raise ValueError("damaged")
+    return state
+
+
+def classifier_features(images, cache):
+    """The classifier of edm.data.Images, read from the file `cache`, or trained and kept there.
+
+    The file knows the data and the code that it came from and its own digest: if anything differs
+    or is damaged, a line on stderr says so and training is done again.
+    """
+    net, cache = SmallClassifier(images), Path(cache)
+    code = [inspect.getsource(part) for part in (SmallClassifier, shifted, train_classifier)]
+    origin = digest(images.images, images.labels, *code)
+    if cache.exists():
+        try:
+            net.load_state_dict(read_cache(cache, origin))
+            return net.eval().requires_grad_(False)
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            print(f"{cache}: {str(error)[:100]}; training the classifier again", file=sys.stderr)
+    net, accuracy = train_classifier(images)
+    print(f"trained a classifier of {images.name}: {accuracy:.1%} right on a held-out tenth", file=sys.stderr)
+    state = dict(sorted(net.state_dict().items()))
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(cache) as temporary:
+        save_file(state, temporary, {"origin": origin, "weights": digest(*state, *state.values())})
+    return net
+
+
+# ----------------------------------------------------------------------------------------------
+# Distances between sets of features (N, F).
+
+
+class Given(nn.Module):
+    """torchmetrics' "feature network" where the features are there already."""
+
+    def __init__(self, num_features):
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features):
+        return features
+
+
+def frechet_distance(features, reference):
+    """|m - m'|^2 + tr(S + S' - 2 (S S')^(1/2)), between Gaussians fitted with covariances over N - 1.
+
+    features: (N, F).  reference: features (M, F), or statistics (mean (F,), covariance (F, F)).
+    In float64.  Nothing is added to the diagonal.
+    """
+    metric = FrechetInceptionDistance(Given(features.shape[1]), sync_on_compute=False).to(features.device)
+    for part in features.split(10_000):
+        metric.update(part.double(), real=False)
+    if isinstance(reference, torch.Tensor):
+        for part in reference.split(10_000):
+            metric.update(part.double(), real=True)
+    else:  # the sums that two features with these statistics would have left
+        mean, covariance = (t.to(features.device, torch.float64) for t in reference)
+        metric.real_features_num_samples += 2
+        metric.real_features_sum += 2 * mean
+        metric.real_features_cov_sum += covariance + 2 * mean.outer(mean)
+    return metric.compute().item()
+
+
+def inception_score(probabilities, splits=10):
+    """exp E KL(p(y|x) || p(y)), averaged over `splits` random parts, from probabilities (N, K)."""
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore", UserWarning)  # it keeps everything in memory: we know
+        torch.manual_seed(0)
+        metric = InceptionScore(Given(probabilities.shape[1]), splits=splits, sync_on_compute=False)
+        metric.update(probabilities.cpu().double().clamp_min(1e-300).log())
+        return metric.compute()[0].item()
+
+
+def neighbour_radii(features, k=3, chunk=1000):
+    """(N, F) -> (N,): the distance of each to its k-th nearest neighbour."""
+    near = [torch.cdist(part, features).topk(k + 1, largest=False).values for part in features.split(chunk)]
+    return torch.cat(near)[:, k]  # the nearest of all, distance 0, is itself
+
+
+def share_inside(features, centres, radii, chunk=1000):
+    """Share of features (N, F) that lie in any of the balls about centres (M, F) with radii (M,)."""
+    inside = [(torch.cdist(part, centres) <= radii).any(1) for part in features.split(chunk)]
+    return torch.cat(inside).double().mean().item()
+
+
+# ----------------------------------------------------------------------------------------------
+# Images in, numbers out.
+
+
+def gather(rows):
+    """The rows (N, ...) of all processes, in the order from which each took its [rank::world]."""
+    if not dist.is_initialized():
+        return rows
+    counts = [None] * dist.get_world_size()
+    dist.all_gather_object(counts, len(rows))
+    padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.stack(parts, 1).flatten(0, 1)[: sum(counts)]
+
+
+@torch.no_grad()
+def features_of(net, batches):
+    """Batches of uint8 images -> features (N, F) and class probabilities (N, K), of all processes.
+
+    Under torch.distributed every process calls this with its share, the images [rank::world].
+    """
+    device = next(itertools.chain(net.parameters(), net.buffers()), torch.empty(0)).device
+    features, probabilities = [], []
+    for images in batches:
+        images = images.to(device)
+        features.append(net(images))
+        probabilities.append(net.probabilities(images))
+    return gather(torch.cat(features)), gather(torch.cat(probabilities))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What samples are compared with: features (N, F) of the data, and for the Fréchet distance
+    published statistics (mean (F,), covariance (F, F)) in their place, if there are any."""
+
+    features: torch.Tensor
+    statistics: tuple | None = None
+
+    @cached_property
+    def centre(self):
+        return self.features.mean(0)  # taken off before distances, for the sake of float32
+
+    @cached_property
+    def radii(self):
+        return neighbour_radii(self.features - self.centre)
+
+
+def load_statistics(path, num_features):
+    """EDM's reference file, an .npz with mu (F,) and sigma (F, F) -> (mean, covariance), float64."""
+    with naming(path), np.load(path, allow_pickle=False) as file:
+        mean, covariance = (torch.tensor(file[key], dtype=torch.float64) for key in ("mu", "sigma"))
+        if mean.shape != (num_features,) or covariance.shape != (num_features, num_features):
+            shapes = f"{tuple(mean.shape)} and {tuple(covariance.shape)}"
+            raise UserError(f"mu and sigma are {shapes}, but the network has {num_features} features")
+        if not (mean.isfinite().all() and covariance.isfinite().all()):
+            raise UserError("mu or sigma is not finite")
+    return mean, covariance
+
+
+def evaluate_samples(net, reference, batches):
+    """Images (batches of uint8 (B, C, H, W)) against a Reference.  As `features_of`, distributed.
+
+    fd                Fréchet distance to the data: 0 best (the FID, if net is Inception)
+    inception_score   1 to K; it does not look at the data
+    precision         share of images among the data, recall: share of the data among the images;
+                      "among": within the distance of a member to its third nearest neighbour
+                      (Kynkäänniemi et al. 2019, arXiv:1904.06991)
+    class_histogram   how many images the network takes for each class
+    images            how many there were
+    """
+    features, probabilities = features_of(net, batches)
+    if len(features) < 5:
+        raise UserError(f"{len(features)} images are too few for an evaluation")
+    centred, data = features - reference.centre, reference.features - reference.centre
+    return {
+        "fd": frechet_distance(features, reference.statistics or reference.features),
+        "inception_score": inception_score(probabilities),
+        "precision": share_inside(centred, data, reference.radii),
+        "recall": share_inside(data, centred, neighbour_radii(centred)),
+        "class_histogram": probabilities.argmax(1).bincount(minlength=probabilities.shape[1]).tolist(),
+        "images": len(features),
+    }
+
+
+def data_floor(features, seed=0):
+    """The Fréchet distance between two random halves of the data: no sampler does better by merit."""
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
+    one, other = features[order.to(features.device)].tensor_split(2)
+    return {"fd": frechet_distance(one, other), "sizes": [len(one), len(other)]}

@@ -1,0 +1,136 @@
+"""Train an EDM teacher: denoising score matching on images (B.2), with a moving average of the weights.
+
+    python edm/train_teacher.py --preset digits
+    python edm/train_teacher.py --preset fashion-mnist --precision bf16 --compile
+    torchrun --nproc-per-node 4 edm/train_teacher.py --preset cifar10-cond --data cifar-10-batches-bin
+
+Leaves teacher.safetensors (the moving average) in its folder, with the log, its curves, sample grids
+by 35 evaluations, and checkpoints to --resume from.  Ctrl-C and SIGTERM save first.
+"""
+
+import copy
+import dataclasses
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
+
+import torch
+
+import sim_core as sim
+from edm import checkpoints, plots
+from edm.config import PRESETS, TeacherTraining, UserError, check, command_line
+from edm.data import load_images, one_hot, to_network
+from edm.networks import EDMPrecond
+from edm.runs import Run, write_json
+from edm.sampler import fixed_latents, heun
+from edm.trainer import (
+    Batches,
+    Diverged,
+    MovingAverage,
+    Trainee,
+    compiled,
+    generator_of,
+    make_accelerator,
+    train,
+)
+
+TEACHERS = {name: {"data": p["data"]} | p["teacher"] for name, p in PRESETS.items()}
+
+
+class TeacherTask:
+    """One step: denoise images of the data at p_EDM's noise levels, weighted by lambda_EDM."""
+
+    def __init__(self, cfg, accelerator, network, data):
+        self.cfg, self.accelerator, self.device = cfg, accelerator, accelerator.device
+        self.images, self.labels, self.sigma_data = data.images.to(self.device), None, network.sigma_data
+        if network.label_dim:
+            self.labels = one_hot(data.labels, network.label_dim).to(self.device)
+        self.teacher = Trainee(accelerator, network, cfg, cfg.lr)
+        self.ema = MovingAverage(network, copy.deepcopy(network).eval(), cfg)
+        self.batches = Batches(cfg, accelerator)
+
+    def step(self, n):
+        rng, size = generator_of(self.device, self.cfg.seed, n), self.cfg.batch
+        # Dropout takes torch's own generator: a seed for each step and process.
+        torch.manual_seed(generator_of("cpu", self.cfg.seed, n, 1 + self.batches.first).initial_seed())
+        index = torch.randint(len(self.images), (size,), generator=rng, device=self.device)
+        x0 = to_network(self.images[index])
+        if self.cfg.flip:
+            mirrored = torch.rand(size, 1, 1, 1, generator=rng, device=self.device) < 0.5
+            x0 = torch.where(mirrored, x0.flip(3), x0)
+        sigma = sim.SIGMA_DISTRIBUTIONS["edm"](size, generator=rng)
+        noise = torch.randn(x0.shape, generator=rng, device=self.device)
+        x0, sigma, noise = (self.batches.split(t) for t in (x0, sigma, noise))
+        cond = [{}] * self.batches.count
+        if self.labels is not None:
+            cond = [{"class_labels": part} for part in self.batches.split(self.labels[index])]
+
+        def loss(i):
+            weight = sim.edm_weight(sigma[i], self.sigma_data)
+            return sim.fake_loss(self.teacher.wrapped, x0[i], sigma[i], noise[i], weight, **cond[i])
+
+        value, norm = self.teacher.update(loss, self.batches.count, n * size)
+        self.ema.update((n + 1) * size)
+        return {"loss": value, "gradient": norm}
+
+    def state_dict(self):
+        return {"teacher": self.teacher.state_dict(), "ema": self.ema.network.state_dict()}
+
+    def load_state_dict(self, state):
+        self.teacher.load_state_dict(state["teacher"])
+        self.ema.network.load_state_dict(state["ema"])
+
+
+def check_data(cfg, network, data):
+    if network.label_dim and (data.labels is None or data.num_classes > network.label_dim):
+        raise UserError(f"{cfg.data}: {data.num_classes} classes, but the network takes {network.label_dim}")
+    if data.images.shape[1:] != network.shape:
+        raise UserError(f"{cfg.data}: images of {tuple(data.images.shape[1:])}, not {network.shape}")
+
+
+def main(cfg):
+    """Train; cfg.out/teacher.safetensors is there at the end.  Returns the exit code."""
+    check(cfg)
+    cfg = dataclasses.replace(cfg, out=cfg.out or f"out/edm/{cfg.preset}-teacher-{cfg.seed}")
+    if not cfg.data:
+        raise UserError(f"preset {cfg.preset} needs --data: a folder with CIFAR-10's batches, or EDM's zip")
+    accelerator = make_accelerator(cfg)
+    data = load_images(cfg.data)
+    torch.manual_seed(cfg.seed)
+    network = EDMPrecond(**PRESETS[cfg.preset]["network"])
+    check_data(cfg, network, data)
+    run = Run(cfg, accelerator.is_main_process)
+    task = TeacherTask(cfg, accelerator, network.to(memory_format=torch.channels_last), data)
+    if cfg.compile:
+        compiled([network], accelerator.device, accelerator.print)
+    z, cond = fixed_latents(network, accelerator.device)
+
+    def picture(step):
+        samples = heun(task.ema.network, z, **cond)
+        plots.save_grid(run.path / f"samples-{step:07d}.png", samples)
+
+    def look():
+        return {}
+
+    try:
+        status = train(cfg, accelerator, task, run, look, picture, "teacher")
+    except Diverged as error:
+        accelerator.print(f"train_teacher.py: stopped: {error}; the last good checkpoint is kept",
+                          file=sys.stderr)  # fmt: skip
+        return 1
+    if not accelerator.is_main_process:
+        return 0
+    plots.save_curves(run.path / "curves.png", run.history)
+    if status == "interrupted":
+        print(f"stopped by a signal and saved; --resume --out {cfg.out} goes on")
+        return 0
+    about = dict(kind="teacher", preset=cfg.preset, images=cfg.steps * cfg.batch)
+    checkpoints.save(run.path / "teacher.safetensors", task.ema.network, **about)
+    write_json(run.path / "metrics.json", {"steps": cfg.steps, "seconds": run.history[-1]["seconds"]})
+    print(f"wrote {run.path}/teacher.safetensors; look at its samples-*.png and curves.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command_line(main, TeacherTraining, __doc__, presets=TEACHERS))

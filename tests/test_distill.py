@@ -1,0 +1,802 @@
+"""Algorithm 2 on images: its gradients by hand, accumulated, over processes; killed runs; wrong inputs."""
+
+import copy
+import csv
+import gc
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from matplotlib.figure import Figure
+
+import sim_core as sim
+from edm import benchmark, checkpoints, distill, evaluate, plots, sample, train_teacher
+from edm.config import PRESETS, Distillation, TeacherTraining, UserError, command_line, parse
+from edm.data import Images, to_uint8
+from edm.networks import EDMPrecond, Generator
+from edm.runs import Run
+from edm.trainer import Batches, Distiller, compiled, make_accelerator
+
+ROOT = Path(__file__).parents[1]
+UNET = dict(img_resolution=8, img_channels=1, label_dim=10, model_channels=8, channel_mult=(1,), num_blocks=1,
+            attn_resolutions=(), dropout=0.0, channel_mult_emb=2)  # fmt: skip
+TINY = dict(preset="digits", device="cpu", threads=1, data="", steps=4, batch=8, every=16, samples=20,
+            lr=1e-3, fake_lr=2e-3, warmup=0, lr_end=0.0, ema_halflife=4000)  # fmt: skip
+
+
+def config(**changes):
+    return Distillation(**TINY | changes)
+
+
+def network(seed=0, **changes):
+    """A small EDMPrecond in which every branch counts."""
+    torch.manual_seed(seed)
+    made = EDMPrecond(**UNET | changes).eval()
+    for p in made.parameters():
+        torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
+    return made.requires_grad_(False)
+
+
+def task_of(dtype=torch.float64, **changes):
+    """A Distiller of three different networks.  task.gradients: those of its last updates, flat."""
+    cfg = config(**changes)
+    task = distill.build(cfg, make_accelerator(cfg), network().to(dtype))
+    torch.manual_seed(1)
+    for trainee in (task.fake, task.generator):
+        for p in trainee.network.parameters():
+            p.data += 0.05 * torch.randn_like(p)
+    task.gradients = {}
+    for name in ("fake", "generator"):
+        watch(task, name)
+    return task
+
+
+def watch(task, name):
+    trainee = getattr(task, name)
+    norm = trainee.norm
+
+    def watched():
+        task.gradients[name] = torch.cat([p.grad.flatten() for p in trainee.network.parameters()])
+        return norm()
+
+    trainee.norm = watched
+
+
+def gradients(**changes):
+    task = task_of(**changes)
+    task.step(3)
+    return task.gradients
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def flat(module):
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+class Watch:
+    """moved(): the names of the networks that changed since the last call."""
+
+    def __init__(self, task):
+        self.networks = dict(fake=task.fake.network, generator=task.generator.network, teacher=task.teacher,
+                             ema=task.ema.network)  # fmt: skip
+        self.moved()
+
+    def moved(self):
+        now = {name: flat(net) for name, net in self.networks.items()}
+        before, self.now = getattr(self, "now", now), now
+        return {name for name in now if not torch.equal(now[name], before[name])}
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """accelerate remembers the precision of the first Accelerator."""
+    AcceleratorState._reset_state()
+
+
+# ----------------------------------------------------------------------------------------------
+# Who moves when.
+
+
+def test_everything_starts_as_the_teacher():
+    cfg = config()
+    task = distill.build(cfg, make_accelerator(cfg), network())
+    for made in (task.fake.network, task.generator.network, task.ema.network, task.teacher):
+        assert torch.equal(flat(made), flat(network()))
+
+
+@pytest.mark.parametrize("micro_batch", [0, 4])
+def test_each_update_moves_its_own_network(micro_batch):
+    task = task_of(micro_batch=micro_batch)
+    draw, watch = task.draw(0, 0), Watch(task)
+    images = task.images(draw, keep_graph=True)
+    task.update_fake(draw, images, 0)
+    assert watch.moved() == {"fake"}
+    task.update_generator(draw, None, 0)
+    assert watch.moved() == {"generator"}
+    for net in watch.networks.values():
+        assert all(p.grad is None for p in net.parameters())
+    assert all(p.requires_grad for p in task.fake.network.parameters())
+    assert not any(p.requires_grad for net in (task.teacher, task.ema.network) for p in net.parameters())
+
+
+def test_warm_up_moves_psi_alone_and_the_average_counts_from_its_end():
+    task = task_of(warmup=2, ema_rampup=0.5)
+    start, watch = flat(task.ema.network), Watch(task)
+    for n in (0, 1):
+        assert task.step(n)["generator_gradient"] == 0 and watch.moved() == {"fake"}
+    for n, images in ((2, 8), (3, 16)):
+        task.step(n)
+        assert watch.moved() == {"fake", "generator", "ema"}
+        kept = 0.5 ** (8 / (0.5 * images))
+        start = kept * start + (1 - kept) * flat(task.generator.network)
+        assert relative(flat(task.ema.network), start) < 1e-12
+
+
+def test_half_life_of_the_average():
+    task = task_of(ema_halflife=80)
+    first, theta = flat(task.ema.network), flat(task.generator.network)
+    for _ in range(10):
+        task.ema.update(10_000)  # ramped up long ago: 80 of 500 images
+    assert relative(flat(task.ema.network), (first + theta) / 2) < 1e-12
+
+
+@pytest.mark.parametrize("fake_updates", [1, 3])
+def test_learning_rates(fake_updates):
+    task = task_of(steps=10, lr_rampup=20, fake_updates=fake_updates)
+    for n, share in ((0, 0.0), (1, 8 / 20), (5, 1.0), (9, 1.0)):
+        task.step(n)
+        cosine = (1 + math.cos(math.pi * n / 10)) / 2
+        for trainee, peak in ((task.fake, 2e-3), (task.generator, 1e-3)):
+            assert trainee.optimiser.param_groups[0]["lr"] == pytest.approx(peak * share * cosine)
+    for end in (1.0, 0.25):
+        rates = [task_of(lr_end=end).generator.rate(images) for images in (0, 16, 32)]
+        assert rates == pytest.approx([1e-3, (1 + end) / 2 * 1e-3, end * 1e-3])
+
+
+def test_fake_updates_draw_anew_and_move_psi_each_time():
+    task, seen = task_of(fake_updates=3), []
+    draw = task.draw
+    task.draw = lambda *numbers: seen.append(numbers) or draw(*numbers)
+    task.step(5)
+    assert seen == [(5, 0), (5, 1), (5, 2)] and task.fake.optimiser.state_dict()["state"][0]["step"] == 3
+    seen.clear()
+    task.cfg = config(fake_updates=3, share=False)
+    task.step(6)
+    assert seen == [(6, 0), (6, 1), (6, 2), (6, 3)]
+
+
+# ----------------------------------------------------------------------------------------------
+# The gradients of a step.
+
+
+def gradient(loss, net):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*net.parameters()])])
+
+
+@pytest.mark.parametrize("choice", [
+    dict(), dict(share=False), dict(weighting="edm"), dict(space="noise", c=0.7),
+    dict(space="score", weighting="edm", sigma_init=1.5)], ids=str)  # fmt: skip
+def test_gradients_of_a_step_are_those_of_algorithm_2(choice):
+    task, fresh = task_of(**choice), task_of(**choice)
+    task.step(3)  # psi moves, then theta; fresh keeps both as they were
+    start, theta, level = choice.get("sigma_init", 2.5), fresh.generator.network.denoiser, (-1, 1, 1, 1)
+
+    def drawn(update, kind):  # -> labels, sigma twice, noise, x0
+        z, sigma, noise, cond = (
+            fresh.draw(3, update)[k][0] for k in ("z", kind + "sigma", kind + "noise", "cond")
+        )
+        labels = cond["class_labels"]
+        return (
+            labels,
+            sigma,
+            sigma.double().view(level),
+            noise,
+            theta(start * z, torch.full((8,), start), labels),
+        )
+
+    labels, sigma, s, noise, x0 = drawn(0, "fake_")
+    x0 = x0.detach()
+    error = fresh.fake.network(x0 + s * noise, sigma, labels) - x0
+    loss = ((s**2 + 0.5**2) / (s * 0.5) ** 2 * error**2).sum() / 8
+    assert relative(task.gradients["fake"], gradient(loss, fresh.fake.network)) < 1e-6
+
+    labels, sigma, s, noise, x0 = drawn(0 if choice.get("share", True) else 1, "")
+    xt = x0 + s * noise
+    d_psi, d_q = (net(xt, sigma, labels) for net in (task.fake.network, task.teacher))
+    unit = s ** {"denoised": 0, "noise": 1, "score": 2}[choice.get("space", "denoised")]
+    y, c = (d_psi - d_q) / unit, choice.get("c", 0.1)
+    slope = y / ((y**2).sum((1, 2, 3), keepdim=True) + c**2).sqrt()
+    weight = 4 + 1 / s**2 if "weighting" in choice else 1
+    loss = -(weight * slope * (d_psi - x0) / unit).sum() / 8
+    assert relative(task.gradients["generator"], gradient(loss, theta)) < 1e-6
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_accumulation_reproduces_the_whole_batch(share):
+    whole = gradients(share=share)
+    for micro_batch in (2, 4):
+        for name, g in gradients(share=share, micro_batch=micro_batch).items():
+            assert relative(g, whole[name]) < 1e-9, (micro_batch, name)
+
+
+def test_micro_batch_must_divide_the_share():
+    with pytest.raises(UserError, match="--micro-batch 3 does not divide 8"):
+        task_of(micro_batch=3)
+    assert Batches(config(micro_batch=100), SimpleNamespace(num_processes=2, process_index=1)).micro == 4
+
+
+def test_draws_depend_on_seed_step_and_update_alone():
+    task = task_of()
+
+    def drawn(*numbers):
+        parts = task.draw(*numbers)
+        labels = [cond["class_labels"] for cond in parts.pop("cond")]
+        return {
+            k: torch.cat(v) for k, v in (parts | {"labels": labels}).items() if isinstance(v, (list, tuple))
+        }
+
+    whole = drawn(3, 0)
+    assert all(torch.equal(whole[k], v) for k, v in drawn(3, 0).items())
+    assert {k: len(v) for k, v in whole.items()} == dict.fromkeys(whole, 8) and len(whole) == 6
+    assert not torch.equal(whole["noise"], whole["fake_noise"])
+    for other in ((4, 0), (3, 1)):
+        assert not any(torch.equal(whole[k], v) for k, v in drawn(*other).items())
+    shares = []
+    for rank in (0, 1):
+        task.batches = Batches(config(micro_batch=2), SimpleNamespace(num_processes=2, process_index=rank))
+        shares.append(drawn(3, 0))
+    assert all(torch.equal(whole[k], torch.cat([s[k] for s in shares])) for k in whole)
+    task = task_of(seed=1)
+    assert not any(torch.equal(whole[k], v) for k, v in drawn(3, 0).items())
+
+
+CHOICES = [dict(distance=name) for name in sim.DISTANCES]
+CHOICES += [dict(space=name) for name in sim.SPACES]
+CHOICES += [dict(sigma_distribution=name, fake_sigma_distribution=name) for name in sim.SIGMA_DISTRIBUTIONS]
+CHOICES += [dict(weighting=name) for name in ("edm", "sid")]
+CHOICES += [dict(method="diff_instruct"), dict(method="sid", alpha=1.2), dict(fake_updates=2, share=False)]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_every_choice_trains(choice):
+    task = task_of(torch.float32, **choice)
+    watch = Watch(task)
+    for n in (0, 1):
+        numbers = task.step(n)
+        assert all(v.isfinite() for v in numbers.values()) and numbers["generator_gradient"] > 0
+        assert watch.moved() == {"fake", "generator", "ema"}
+    assert all(p.isfinite().all() for p in task.generator.network.parameters())
+
+
+def test_sid_at_alpha_1_is_half_of_squared_l2():
+    sid, l2 = gradients(method="sid", alpha=1.0), gradients(distance="l2")
+    assert relative(2 * sid["generator"], l2["generator"]) < 1e-9
+    assert relative(2 * gradients(method="sid", alpha=1.2)["generator"], l2["generator"]) > 0.01
+
+
+def test_bf16_gradients_are_close_to_float32s():
+    exact = gradients(dtype=torch.float32)
+    AcceleratorState._reset_state()
+    cast = gradients(dtype=torch.float32, precision="bf16")
+    for name, g in exact.items():
+        assert g.dtype == cast[name].dtype == torch.float32
+        assert relative(cast[name], g) > 1e-5 and torch.cosine_similarity(cast[name], g, 0) > 0.99, name
+
+
+def test_compile_falls_back_with_a_message(monkeypatch, capsys):
+    def broken(function):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    task_of(torch.float32, compile=True).step(0)
+    assert "torch.compile does not work here (RuntimeError)" in capsys.readouterr().out
+
+
+def test_compile_compiles_every_network(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    done, say = [], lambda line: pytest.fail(line)
+    compiled([SimpleNamespace(compile=lambda i=i: done.append(i)) for i in range(3)], "cpu", say)
+    assert done == [0, 1, 2]
+
+
+def test_log_has_the_distance_by_sigma():
+    task = task_of(micro_batch=4)
+    sigma = torch.tensor([0.05, 0.3, 0.4, 5.0])
+    fake, teacher = (
+        torch.zeros(4, 1, 8, 8),
+        torch.ones(4, 1, 8, 8) * torch.tensor([1, 2, 4, 8]).view(4, 1, 1, 1),
+    )
+    task._count({"fake": fake, "teacher": teacher}, sigma)
+    gaps = task.gap_by_sigma()
+    assert list(gaps) == ["gap_0_0.1", "gap_0.1_0.5", "gap_0.5_2", "gap_2_inf"]
+    assert list(gaps.values()) == pytest.approx([8, 24, math.nan, 64], nan_ok=True)
+    assert all(math.isnan(v) for v in task.gap_by_sigma().values())
+
+
+# ----------------------------------------------------------------------------------------------
+# The teacher's training.
+
+
+def teacher_task(**changes):
+    cfg = TeacherTraining(**dict(device="cpu", threads=1, batch=8, steps=4) | changes)
+    images = torch.randint(256, (30, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    data = Images(images, torch.arange(30) % 10, "noise")
+    task = train_teacher.TeacherTask(cfg, make_accelerator(cfg), network().requires_grad_(True), data)
+    task.gradients = {}
+    watch(task, "teacher")
+    return task, data
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_teacher_denoises_the_data(flip, monkeypatch):
+    task, data = teacher_task(flip=flip)
+    seen, fake_loss, before = [], sim.fake_loss, copy.deepcopy(task.teacher.network)
+
+    def spy(*args, **cond):
+        seen.append((*args, cond))
+        return fake_loss(*args, **cond)
+
+    monkeypatch.setattr(sim, "fake_loss", spy)
+    loss, [(_, x0, sigma, noise, _, cond)] = task.step(5)["loss"], seen
+    images, mirrored = data.images / 127.5 - 1, 0
+    for image, label in zip(x0, cond["class_labels"].argmax(1)):
+        straight, mirror = ((other == image).all((1, 2, 3)).nonzero() for other in (images, images.flip(3)))
+        mirrored += len(mirror)
+        found = torch.cat([straight, mirror])
+        assert len(found) == 1 and data.labels[found.item()] == label
+    assert 0 < mirrored < 8 if flip else mirrored == 0
+    error = before(x0 + sigma.view(-1, 1, 1, 1) * noise, sigma, **cond) - x0
+    expected = (error.square().sum((1, 2, 3)) * (4 + 1 / sigma**2)).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_teachers_batch_accumulates_and_its_average_follows():
+    found = []
+    for micro_batch in (0, 2):
+        task, _ = teacher_task(micro_batch=micro_batch, ema_rampup=0.5)
+        start = flat(task.ema.network)
+        task.step(0)
+        found.append(task.gradients["teacher"])
+        assert relative(flat(task.ema.network), start / 4 + flat(task.teacher.network) * 3 / 4) < 1e-6
+    assert relative(*found) < 1e-5
+
+
+def test_teachers_average_is_its_own_network_in_bf16_too():  # accelerate patches the network that it prepares
+    task, _ = teacher_task(precision="bf16", lr=0.1)
+    x, sigma = torch.ones(1, 1, 8, 8), torch.ones(1)
+    assert torch.equal(task.ema.network.float()(x, sigma), (first := task.ema.network(x, sigma)))
+    task.teacher.network.requires_grad_(False).model.map_layer0.weight.add_(1.0)
+    assert torch.equal(task.ema.network(x, sigma), first)
+
+
+# ----------------------------------------------------------------------------------------------
+# A run's folder.
+
+
+def test_checkpoints_are_kept_named_by_their_hash_and_survive_damage(tmp_path):
+    run, lines = Run(config(out=tmp_path, keep=2)), []
+    assert run.load() is None
+    for step in (1, 2, 3):
+        run.history.append({"step": step})
+        run.save(step, {"x": torch.full((3,), step)})
+    files = sorted(run.checkpoints.iterdir())
+    digests = [hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in files]
+    assert [f.name for f in files] == [f"{step:09d}-{d}.pt" for step, d in zip((2, 3), digests)]
+
+    def loaded():
+        other = Run(config(out=tmp_path), first=False)
+        state = other.load(lines.append)
+        return state["step"], state["x"].tolist(), other.history
+
+    assert loaded() == (3, [3, 3, 3], [{"step": 1}, {"step": 2}, {"step": 3}]) and not lines
+    content = bytearray(files[1].read_bytes())
+    content[len(content) // 2] ^= 1
+    for damaged in (content, content[:100], b""):
+        files[1].write_bytes(damaged)
+        assert loaded() == (2, [2, 2, 2], [{"step": 1}, {"step": 2}])
+        assert lines == [f"checkpoint {files[1].name} is damaged; trying the one before it"]
+        lines.clear()
+    files[0].write_bytes(b"")
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged"):
+        loaded()
+
+
+def refused(**changes):
+    """Why the folder is."""
+    with pytest.raises(UserError) as error:
+        Run(config(**changes))
+    reason = str(error.value)
+    del error
+    gc.collect()  # lets go of the folder
+    return reason
+
+
+def test_folder_in_use(tmp_path):
+    Run(config(out=tmp_path))
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, 1); print(1, flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", hold, tmp_path / ".lock"], stdin=-1, stdout=-1)
+    other.stdout.readline()
+    assert refused(out=tmp_path, resume=True) == f"{tmp_path} is in use by another process"
+    other.kill()
+    other.communicate()
+    Run(config(out=tmp_path, resume=True))
+
+
+def test_folder_of_another_run(tmp_path):
+    Run(config(out=tmp_path))
+    assert "holds this run already; --resume" in refused(out=tmp_path)
+    message = refused(out=tmp_path, resume=True, seed=1, lr=0.5, keep=7)
+    assert message == f"{tmp_path} holds a run of other settings (seed 0, not 1; lr 0.001, not 0.5)"
+    Run(config(out=tmp_path, resume=True, keep=7, threads=2, micro_batch=4, compile=True))  # decide no result
+    for damaged in ("", "{", "[]"):
+        (tmp_path / "config.json").write_text(damaged)
+        assert "config.json is damaged" in refused(out=tmp_path, resume=True)
+
+
+def test_folder_of_something_else(tmp_path):
+    (tmp_path / "thesis.tex").write_text("!")
+    (tmp_path / "tmp-mine").write_text("!")
+    assert "has thesis.tex, tmp-mine but no config.json: not a run" in refused(out=tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["thesis.tex", "tmp-mine"]
+    assert "thesis.tex as a run's folder" in refused(out=tmp_path / "thesis.tex")
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    for name in ("tmp-config.json", "tmp-log.csv", "checkpoints/tmp-tmp-staged.pt", "checkpoints/tmp-a.pt"):
+        (tmp_path / name).write_text("half")
+        Run(config(out=tmp_path, resume=True))
+        assert (tmp_path / "config.json").exists() and not [*tmp_path.rglob("tmp-*")]
+
+
+# ----------------------------------------------------------------------------------------------
+# Whole runs, in this process.
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Networks on disk, right and wrong."""
+    path = tmp_path_factory.mktemp("networks")
+    checkpoints.save(path / "teacher.safetensors", network())
+    checkpoints.save(path / "generator.safetensors", network(), sigma_init=2.5)
+    checkpoints.save(path / "large.safetensors", network(img_resolution=16))
+    checkpoints.save(path / "unlabelled.safetensors", network(label_dim=0))
+    (path / "cut.safetensors").write_bytes((path / "teacher.safetensors").read_bytes()[:-100])
+    (path / "evil.pkl").write_bytes(b"\x80\x02cos\nsystem\nX\x0a\0\0\0touch evil\x85R.")
+    return path
+
+
+@pytest.fixture
+def here(folder, monkeypatch):
+    quick(monkeypatch.setattr)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def run(*more, **changes):
+    """edm/distill.py's exit code."""
+    settings = TINY | dict(teacher="teacher.safetensors") | changes
+    words = [word for k, v in settings.items() for word in (f"--{k.replace('_', '-')}", str(v))]
+    try:
+        return command_line(distill.main, Distillation, "", [*words, *more], distill.DISTILLATIONS)
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        gc.collect()  # lets go of the run's folder
+
+
+def record(out):
+    """What must not depend on interruptions: the log but for time and memory, and all weights."""
+    rows = list(csv.DictReader((Path(out) / "log.csv").read_text().splitlines()))
+    for row in rows:
+        del row["seconds"], row["peak_memory_gb"]
+    state = Run(SimpleNamespace(out=out, keep=2), first=False).load()
+    weights = [flat(checkpoints.load(Path(out) / "generator.safetensors")[0])]
+    for name in ("fake", "generator"):
+        weights.append(torch.cat([v.flatten() for v in state[name]["network"].values()]))
+    return rows, weights
+
+
+def same(a, b):
+    return a[0] == b[0] and all(torch.equal(x, y) for x, y in zip(a[1], b[1], strict=True))
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """A run that nothing interrupts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        quick(patch.setattr)
+        AcceleratorState._reset_state()
+        assert run(out="whole", steps=6) == 0
+    return folder / "whole"
+
+
+def test_a_run_leaves_what_it_promises(whole):
+    names = "checkpoints config.json curves.png generator.safetensors log.csv metrics.json"
+    pictures = {f"{kind}-{step:07d}.png" for kind in ("panel", "samples") for step in (0, 2, 4, 6)}
+    assert {p.name for p in whole.iterdir()} - {".lock", "tensorboard"} == pictures | set(names.split())
+    rows, _ = record(whole)
+    assert [(row["step"], row["images"]) for row in rows] == [(str(n), str(8 * n)) for n in range(1, 7)]
+    assert all(math.isfinite(float(v)) for row in rows for k, v in row.items() if "gap" not in k)
+    metrics = json.loads((whole / "metrics.json").read_text())
+    assert metrics["steps"] == 6 and metrics["status"] == "finished" and "student_fd" not in metrics
+    denoiser, about = checkpoints.load(whole / "generator.safetensors")
+    state = Run(SimpleNamespace(out=whole, keep=2), first=False).load()
+    average = Generator(denoiser).state_dict()
+    assert all(torch.equal(average[k], v) for k, v in state["ema"].items()) and about["sigma_init"] == 2.5
+    assert about["teacher"] == str(whole.parent / "teacher.safetensors")
+
+
+def test_a_finished_run_resumes_to_itself(whole, here):
+    before = record(whole)
+    assert run("--resume", out="whole", steps=6) == 0 and same(record(whole), before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_it_resumes_to_the_same_bits(number, whole, here, monkeypatch, capsys, tmp_path):
+    step, handler = Distiller.step, signal.getsignal(number)
+
+    def stopped(self, n):
+        if n == 2:
+            os.kill(os.getpid(), number)
+        return step(self, n)
+
+    monkeypatch.setattr(Distiller, "step", stopped)
+    assert run(out=tmp_path, steps=6) == 0 and signal.getsignal(number) is handler
+    assert f"stopped by a signal and saved; --resume --out {tmp_path} goes on" in capsys.readouterr().out
+    assert not (tmp_path / "generator.safetensors").exists()
+    monkeypatch.setattr(Distiller, "step", step)
+    assert run("--resume", out=tmp_path, steps=6) == 0 and "going on from step 3" in capsys.readouterr().out
+    assert same(record(tmp_path), record(whole))
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(here, monkeypatch, capsys, tmp_path):
+    save, limits = Run.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_on_full_disk(self, step, state):
+        if step > 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        try:
+            save(self, step, state)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(Run, "save", save_on_full_disk)
+    assert run(out=tmp_path) == 2
+    assert re.search(r"\n[^\n]*: error: cannot write to .*checkpoints: .*\n\Z", capsys.readouterr().err)
+    assert Run(config(out=tmp_path), first=False).load()["step"] == 2
+    assert not [*tmp_path.rglob("tmp-*")]
+
+
+@pytest.mark.parametrize("changes", [
+    dict(lr=1e30), dict(fake_lr=1e30), dict(lr=1e30, every=8), dict(lr=1e38, steps=1)], ids=str)  # fmt: skip
+def test_divergence_stops_and_keeps_a_good_checkpoint(changes, here, capsys, tmp_path):
+    assert run(out=tmp_path, **dict(steps=60) | changes) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    found = re.search(r"stopped: (.*) step (\d+)(.*); lower --lr; the last good checkpoint is kept", line)
+    assert int(found[2]) < 10
+    if found[1] == "no longer finite at":  # else the pictures show it first
+        for name in ("fake_gradient", "generator_gradient", "sigma_min", "sigma_max"):
+            assert re.search(rf"\b{name} ([\d.e+-]+|inf|nan)\b", found[3])
+    else:
+        assert found[1] == "the images contain NaN after" and ("every" in changes or "steps" in changes)
+    assert not (tmp_path / "generator.safetensors").exists()
+    state = Run(config(out=tmp_path), first=False).load()
+    assert state is None or all(v.isfinite().all() for v in state["generator"]["network"].values())
+
+
+WRONG = {  # words on the command line -> in the message
+    "--teacher none.pkl": "none.pkl: No such file",
+    "--teacher cut.safetensors": "cut.safetensors: damaged",
+    "--teacher evil.pkl": "evil.pkl: ",
+    "--teacher large.safetensors": "large.safetensors has img_resolution 16, but preset digits means 8",
+    "--teacher unlabelled.safetensors": "unlabelled.safetensors has label_dim 0, but preset digits means 10",
+    "--teacher generator.safetensors": "generator.safetensors is a one-step generator, not a teacher",
+    "--preset cifar10-cond --teacher=": "preset cifar10-cond needs --teacher",
+    "--data none": "none: ",
+    "--data none --teacher=": "none: ",
+    "--preset imagenet": "invalid choice: 'imagenet'",
+    "--learning-rate 1": "unrecognized arguments: --learning-rate",
+    "--micro-batch 3": "--micro-batch 3 does not divide 8",
+    "--device cuda": "--device cuda: no CUDA device here",
+    "--precision fp16": "--precision fp16 is for GPUs",
+    "--lr=-1": "--lr must be positive, got -1.0",
+    "--fake-lr nan": "--fake-lr must be positive, got nan",
+    "--steps 0": "--steps must be at least 1, got 0",
+    "--batch=-8": "--batch must be at least 1, got -8",
+    "--seed=-1": "--seed must be 0 or more, got -1",
+    "--beta1 1": "--beta1 must be in [0, 1), got 1.0",
+    "--steps many": "invalid int value: 'many'",
+    "--distance l2 --c 1": "distance 'l2' does not take c",
+    "--c=-1": "c must be positive",
+    "--method diff_instruct --alpha 1": "--method diff_instruct does not take alpha",
+    "--out teacher.safetensors": "cannot use teacher.safetensors as a run's folder",
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_wrong_inputs_are_refused_in_one_line_and_leave_no_trace(words, here, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    files = lambda: {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in here.rglob("*")}
+    before = files()
+    assert run(*words.split(), out="new") == 2
+    out, err = capsys.readouterr()
+    assert WRONG[words] in err and err.count("\n") == 1 and "error: " in err and not out
+    assert files() == before
+
+
+def test_a_batch_must_divide_over_the_processes(monkeypatch):
+    two = SimpleNamespace(num_processes=2, process_index=0)
+    monkeypatch.setattr("edm.trainer.Accelerator", lambda **options: two)
+    with pytest.raises(UserError, match="--batch 9 does not divide over 2 processes"):
+        make_accelerator(config(batch=9))
+
+
+def test_table_5():
+    paper = dict(batch=256, lr=1e-5, fake_lr=1e-5, beta1=0.0, beta2=0.999, sigma_init=2.5)
+    paper |= dict(sigma_distribution="sim", fake_sigma_distribution="edm", weighting="one")
+    for name in ("cifar10-uncond", "cifar10-cond"):
+        cfg = Distillation(preset=name, **PRESETS[name]["distill"])
+        assert {k: getattr(cfg, k) for k in paper} == paper
+        assert (cfg.method, cfg.distance, cfg.space) == ("sim", "pseudo_huber", "denoised")
+        assert cfg.steps * cfg.batch == 200_000_000 and cfg.lr_end == 1 and cfg.fake_updates == 1
+    assert [PRESETS[f"cifar10-{kind}"]["network"]["label_dim"] for kind in ("uncond", "cond")] == [0, 10]
+
+
+SCRIPTS = {  # script -> its settings and presets
+    "distill": (Distillation, distill.DISTILLATIONS),
+    "train_teacher": (TeacherTraining, train_teacher.TEACHERS),
+    "sample": (sample.Settings, None),
+    "evaluate": (evaluate.Settings, None),
+    "benchmark": (benchmark.Settings, None),
+}
+
+
+def test_the_readmes_commands_are_valid():
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ").replace("--seed S", "--seed 0")
+    found = re.findall(r"edm/(\w+)\.py((?: +(?:--[\w-]+|[\w./-]+))+)", text)
+    commands = [(name, shlex.split(words)) for name, words in found if name in SCRIPTS]
+    assert {name for name, _ in commands} == set(SCRIPTS)
+    for name, words in commands:
+        cls, presets = SCRIPTS[name]
+        parse(cls, "", words, presets)
+
+
+# ----------------------------------------------------------------------------------------------
+# Processes: several, and killed ones.
+
+START = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\nimport test_distill as t\n"
+TWO = """
+import torch
+found = {key: t.gradients(micro_batch=key[0], share=key[1]) for key in t.ACCUMULATIONS}
+task = t.task_of(lr=1e-7, fake_lr=1e-7)
+assert task.accelerator.num_processes == 2 and task.batches.share == 4
+for n in range(3):
+    task.step(n)
+weights = [t.flat(made.network) for made in (task.fake, task.generator, task.ema)]
+torch.save((found, weights), f"rank{task.accelerator.process_index}.pt")
+t.quick()
+sys.exit(t.run(out="two", teacher=sys.argv[1], steps=3))
+"""
+ACCUMULATIONS = [(0, True), (2, True), (1, False)]
+
+
+def script(path, content):
+    path.write_text(START + content)
+    return str(path)
+
+
+def quick(patch=setattr):
+    """No figures: they take most of a tiny run's time.  What goes into them is looked at all the same."""
+    patch(plots, "panel", lambda rows: [to_uint8(x) for _, x in rows] and Figure((1, 1)))
+    patch(plots, "curves", lambda history: Figure((1, 1)))
+
+
+def shrink():
+    """The digits preset, with a small teacher, trained briefly."""
+    quick()
+    preset = dict(network=UNET, teacher=dict(steps=6, batch=8, lr=1e-3, every=16))
+    PRESETS["digits"].update(preset)
+    distill.compare = lambda *args: {}
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does(folder, here, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [*torchrun, script(tmp_path / "two.py", TWO), str(folder / "teacher.safetensors")]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished after 3 steps") == 1
+    (found, weights), (other, others) = (torch.load(tmp_path / f"rank{i}.pt") for i in (0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
+    for micro_batch, share in ACCUMULATIONS:
+        for name, g in gradients(share=share).items():
+            for mine in (found, other):
+                assert relative(mine[micro_batch, share][name], g) < 1e-9, (micro_batch, share, name)
+    assert run(out=tmp_path / "one", steps=3) == 0
+    (rows, mine), (expected, its) = record(tmp_path / "two"), record(tmp_path / "one")
+    assert [list(row) for row in rows] == [list(row) for row in expected]
+    for row, by_one in zip(rows, expected):
+        numbers, ones = ([float(v) for v in r.values()] for r in (row, by_one))
+        assert numbers == pytest.approx(ones, rel=1e-4, nan_ok=True)
+    assert relative(mine[0], its[0]) < 1e-4  # the averages; psi's biases of no effect drift with rounding
+
+
+KILLED = """
+import os, signal
+at, replace, calls = int(sys.argv[2]), os.replace, []
+def dying(*names):  # the moments in which a file takes its name
+    calls.append(names)
+    if len(calls) == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(*names)
+os.replace = dying
+t.shrink()
+print("ready", flush=True)
+sys.exit(t.run("--resume", out=sys.argv[1], teacher="", data="digits", steps=12))
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_instant_and_resumed_ends_in_the_same_bits(tmp_path):
+    path, rng, killed = script(tmp_path / "killed.py", KILLED), random.Random(0), []
+
+    def start(out, at=0):
+        words = [sys.executable, path, out, str(at)]
+        process = subprocess.Popen(words, cwd=tmp_path, stdout=-1, stderr=-1, text=True)
+        assert process.stdout.readline() == "ready\n", process.communicate()[1]
+        return process
+
+    began, whole = time.time(), start("whole")
+    assert "finished after 12 steps" in whole.communicate(timeout=300)[0]
+    lasts = time.time() - began
+    for attempt in range(40):
+        process = start("broken", at=rng.randint(1, 14) if attempt % 3 < 2 else 0)
+        if attempt % 3 == 2:  # any other instant
+            time.sleep(rng.uniform(0, lasts / 3))
+            process.kill()
+        err = process.communicate(timeout=300)[1]
+        assert process.returncode in (0, -signal.SIGKILL), err
+        if process.returncode == 0:
+            break
+        killed.append((tmp_path / "broken/teacher/teacher.safetensors").exists())
+    assert len(killed) >= 4 and not killed[0] and killed[-1]  # during both trainings
+    assert same(record(tmp_path / "broken"), record(tmp_path / "whole"))
+    teachers = [tmp_path / name / "teacher/teacher.safetensors" for name in ("broken", "whole")]
+    assert torch.equal(*(flat(checkpoints.load(file)[0]) for file in teachers))
+    assert not [*tmp_path.rglob("tmp-*")]
+
+
+@pytest.mark.slow
+def test_the_command_itself(folder, tmp_path):
+    words = "--steps 3 --batch 8 --every 16 --samples 20 --device cpu --threads 1 --out run --teacher".split()
+    words += [str(folder / "teacher.safetensors")]
+
+    def command(*more):
+        made = [sys.executable, str(ROOT / "edm/distill.py"), *words, *more]
+        return subprocess.run(made, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+    done = command()
+    assert done.returncode == 0 and "finished after 3 steps" in done.stdout, done.stderr
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert metrics["student_evaluations"] == 1 and metrics["teacher_evaluations"] == 35
+    assert metrics["student_fd"] > metrics["floor_fd"] > 0 and metrics["samples"] == 20
+    done = command()
+    assert done.returncode == 2 and re.fullmatch(r"distill.py: error: .*--resume goes on.*\n", done.stderr)
