@@ -1,6 +1,6 @@
 """How fast is a distillation step, against a plain loop and against what the machine can do?
 
-    python edm/benchmark.py                    # CIFAR-10 architecture, batch 8: half an hour on two cores
+    python edm/benchmark.py                    # CIFAR-10 architecture, batch 8: ten minutes on two cores
     python edm/benchmark.py --compile          # with torch.compile beside it
     python edm/benchmark.py --batch 128        # on a GPU: images/s, share of its peak, memory
 

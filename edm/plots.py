@@ -66,14 +66,15 @@ def save_curves(path, history):
             curves(history).savefig(temporary)
 
 
-def grid(images, columns=10):
-    """uint8 (N, C, H, W) -> a picture with thin separators; small images are enlarged."""
-    scale, (n, channels, height, width) = max(1, 48 // images.shape[-1]), images.shape
+def grid(images, columns=10, gap=4):
+    """uint8 (N, C, H, W) -> a picture, images a grey gap apart; small ones are enlarged."""
+    scale = max(1, 48 // images.shape[-1])
     images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    rows, (height, width) = -(-n // columns), images.shape[2:]
-    sheet = torch.full((rows * (height + 1) + 1, columns * (width + 1) + 1, channels), 255, dtype=torch.uint8)
+    n, channels, height, width = images.shape
+    size = -(-n // columns) * (height + gap) + gap, columns * (width + gap) + gap
+    sheet = torch.full((*size, channels), 128, dtype=torch.uint8)
     for i, image in enumerate(images):
-        top, left = 1 + i // columns * (height + 1), 1 + i % columns * (width + 1)
+        top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
         sheet[top : top + height, left : left + width] = image.permute(1, 2, 0)
     return Image.fromarray(sheet.squeeze(2).numpy())
 
