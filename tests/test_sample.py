@@ -156,11 +156,12 @@ def test_float_images_depend_on_neither_batch_nor_company(about, autocast, monke
         assert torch.equal(drawn(network, about, seeds[20:2:-3], 4)[0], images[list(range(20, 2, -3))])
 
 
-def test_the_network_sees_batches_of_one_size():
-    network, sizes = tiny(), set()
+@pytest.mark.parametrize("resolution, size", [(8, 64), (32, 8)])
+def test_the_network_sees_batches_of_one_size(resolution, size):
+    network, sizes = tiny(img_resolution=resolution), set()
     sampler = lambda z, class_labels: sizes.add((len(z), len(class_labels))) or z
     assert [len(p[1]) for p in sample.sample_batches(sampler, network, range(21), 10)] == [10, 10, 1]
-    assert sizes == {(8, 8)}
+    assert sizes == {(size, size)}
 
 
 def test_a_label_replaces_the_seeds_own():
