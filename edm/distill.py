@@ -130,8 +130,8 @@ def compare(cfg, path, teacher_path):
 
 def summary(m, out):
     """What main prints at the end."""
-    lines = [f"finished after {m['steps']} steps; {m['teacher_seconds']:.0f} s of training for the teacher, "
-             f"{m['distill_seconds']:.0f} s for the student"]  # fmt: skip
+    teacher = f"{m['teacher_seconds']:.0f} s of training for the teacher, " if m["teacher_seconds"] else ""
+    lines = [f"finished after {m['steps']} steps; {teacher}{m['distill_seconds']:.0f} s for the student"]
     if "student_fd" in m:
         lines += [
             f"  Frechet distance of {m['samples']} samples: student {m['student_fd']:.3f} (1 evaluation), "
