@@ -1,4 +1,4 @@
-"""The settings of every image run: documented dataclasses, the presets, and their command line."""
+"""The settings of every run: documented dataclasses, the presets, and their command line."""
 
 import argparse
 import dataclasses
@@ -59,8 +59,33 @@ PRESETS = {  # name -> the data, the network of the teacher, its training, the d
 }  # fmt: skip
 
 
+TEXT_PRESETS = {  # name -> the training of its teacher, the distillation
+    # B.3's noise levels and weight 1 lose all variety on so small a network, guidance some of it.
+    "pixart-digits": dict(
+        teacher=dict(steps=7000, batch=32, lr=4e-3, lr_rampup=10_000, lr_end=0.0, beta1=0.9,
+                     ema_halflife=5000, every=40_000),
+        distill=dict(steps=900, batch=64, lr=1e-3, fake_lr=2e-3, lr_end=0.1, warmup=100, c=0.3,
+                     ema_halflife=10_000, ema_rampup=0.2),
+    ),
+    # B.3.  Not in it: c, here digits' times the root of the ratio of dimensions; and guidance, here that of
+    # PixArt's own pipeline.
+    "pixart-512": dict(
+        teacher=None,
+        distill=dict(steps=16_000, batch=1024, micro_batch=8, lr=5e-6, fake_lr=5e-6, beta1=0.0, beta2=0.999,
+                     sigma_init=2.5, sigma_distribution="pixart", fake_sigma_distribution="pixart",
+                     weighting="one", fake_weighting="one", c=2.4, guidance=4.5, precision="bf16",
+                     checkpointing=True, warmup=0, ema_halflife=500_000, every=100_000),
+    ),
+}  # fmt: skip
+
+
+TEXT_TEACHERS = {"pixart-digits": TEXT_PRESETS["pixart-digits"]["teacher"]}
+
+
 # ----------------------------------------------------------------------------------------------
 # Settings.
+
+DATA = "'digits', or a folder or zip of images (default: by preset)"
 
 
 @dataclass(frozen=True)
@@ -69,7 +94,6 @@ class Training:
 
     preset: str = option("digits", "defaults for all that follows, and the network", PRESETS)
     out: str = option(None, "folder of the run (default out/edm/PRESET-TASK-SEED)")
-    data: str = option(None, "'digits', or a folder or zip of images (default: by preset)")
     seed: int = option(0, "of everything random")
     resume: bool = option(False, "go on from the newest good checkpoint in --out, or start")
     # optimisation
@@ -98,15 +122,23 @@ class Training:
 class TeacherTraining(Training):
     """Training of a teacher, (B.2) with (B.5) to (B.7)."""
 
+    data: str = option(None, DATA)
     beta1: float = option(0.9, "Adam's first beta")
     flip: bool = option(False, "mirror images at random")
 
 
 @dataclass(frozen=True)
-class Distillation(Training):
+class TextTeacherTraining(Training):
+    """Training of the small text-to-image teacher."""
+
+    preset: str = option("pixart-digits", "defaults for all that follows", ("pixart-digits",))
+    vae_steps: int = option(300, "updates of the VAE, which comes first")
+
+
+@dataclass(frozen=True)
+class Algorithm2(Training):
     """Algorithm 2, and the choices of B.2."""
 
-    teacher: str = option(None, "FILE.pkl of NVlabs or FILE.safetensors of ours; without one, it is trained")
     method: str = option("sim", "loss of the generator", ("sim", "sid", "diff_instruct"))
     distance: str = option("pseudo_huber", "row of Table 4, for sim", sim.DISTANCES)
     c: float = option(None, "where pseudo_huber turns linear, in the units of --space")
@@ -117,15 +149,42 @@ class Distillation(Training):
     sigma_distribution: str = option("edm", "noise levels of the generator's update", sim.SIGMA_DISTRIBUTIONS)
     weighting: str = option("one", "weight over sigma of the generator's loss", ("one", "edm", "sid"))
     fake_sigma_distribution: str = option("edm", "noise levels of the online update", sim.SIGMA_DISTRIBUTIONS)
+    fake_weighting: str = option("edm", "weight over sigma of the online loss", ("one", "edm"))
     fake_lr: float = option(2e-3, "learning rate of the online network")
     fake_updates: int = option(1, "online updates per generator update")
     warmup: int = option(0, "first steps, in which only the online network learns")
     share: bool = option(True, "the last online update and the generator's use the same samples: one forward")
     sigma_init: float = option(2.5, "sigma* of the generator g(z) = D(sigma* z; sigma*)")
+
+
+@dataclass(frozen=True)
+class Distillation(Algorithm2):
+    """Algorithm 2 on images."""
+
+    teacher: str = option(None, "FILE.pkl of NVlabs or FILE.safetensors of ours; without one, it is trained")
+    data: str = option(None, DATA)
     samples: int = option(10_000, "samples behind metrics.json, where there are data to compare with")
 
 
-MACHINE = ("out", "resume", "device", "compile", "threads", "keep", "micro_batch")  # these decide no result
+@dataclass(frozen=True)
+class TextDistillation(Algorithm2):
+    """Algorithm 2 on text-to-image, B.3."""
+
+    preset: str = option("pixart-digits", "defaults for all that follows", TEXT_PRESETS)
+    teacher: str = option(None, "a diffusers pipeline: folder or hub name; pixart-digits trains its own")
+    transformer: str = option(None, "its transformer, if elsewhere: FILE in diffusers' or PixArt's naming")
+    prompts: str = option(None, "FILE.txt, .jsonl or .csv (default: those of the pipeline's folder)")
+    captions: str = option(None, "FILE.safetensors of `prompts.py encode`: features made beforehand")
+    guidance: float = option(1.0, "classifier-free guidance of the teacher; 1: none")
+    fake_guidance: float = option(1.0, "the same of the online network, in the generator's update")
+    checkpointing: bool = option(False, "gradient checkpointing: activations made again, for memory")
+    sharding: str = option("ddp", "over processes: whole copies, or for big networks shares (fsdp)",
+                           ("ddp", "fsdp"))  # fmt: skip
+    samples: int = option(1000, "samples of metrics.json, where a classifier can read them")
+
+
+# These decide no result.
+MACHINE = "out resume device compile sharding threads keep micro_batch checkpointing".split()
 
 
 def settings(cfg):
@@ -145,9 +204,9 @@ def surrogate(cfg):
 
 
 RULES = (  # names, test, words
-    ("steps batch fake_updates keep samples every ema_halflife", lambda v: v >= 1, "at least 1"),
+    ("steps batch fake_updates keep samples every ema_halflife vae_steps", lambda v: v >= 1, "at least 1"),
     ("seed micro_batch lr_rampup threads warmup", lambda v: v >= 0, "0 or more"),
-    ("lr fake_lr sigma_init", lambda v: 0 < v < math.inf, "positive"),
+    ("lr fake_lr sigma_init guidance fake_guidance", lambda v: 0 < v < math.inf, "positive"),
     ("lr_end", lambda v: 0 <= v <= 1, "in [0, 1]"),
     ("beta1 beta2", lambda v: 0 <= v < 1, "in [0, 1)"),
     ("ema_rampup", lambda v: 0 < v < math.inf, "positive"),
@@ -160,7 +219,7 @@ def check(cfg):
         for name in names.split():
             if hasattr(cfg, name) and not fits(getattr(cfg, name)):
                 raise UserError(f"--{name.replace('_', '-')} must be {rule}, got {getattr(cfg, name)}")
-    if isinstance(cfg, Distillation):
+    if isinstance(cfg, Algorithm2):
         try:
             surrogate(cfg)
         except ValueError as error:

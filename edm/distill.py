@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 import torch
 
-import sim_core as sim
 from edm import checkpoints, evaluate, plots, train_teacher
 from edm.config import PRESETS, Distillation, TeacherTraining, UserError, check, command_line
 from edm.data import load_images
@@ -32,7 +31,6 @@ from edm.sampler import fixed_latents
 from edm.trainer import Distiller, Diverged, compiled, make_accelerator, train
 
 DISTILLATIONS = {name: {"data": p["data"]} | p["distill"] for name, p in PRESETS.items()}
-PANEL_SIGMAS = (0.2, 1.0, 5.0)  # low, middle, high
 
 
 def find_teacher(cfg, accelerator):
@@ -62,37 +60,6 @@ def load_teacher(path, preset):
         if wanted != found:
             raise UserError(f"{path} has {name} {found}, but preset {preset} means {wanted}")
     return teacher
-
-
-class Pictures:
-    """What the run looks like: grids from the same latents, and what both networks see."""
-
-    def __init__(self, run, task):
-        self.run, self.task, self.teacher = run, task, task.teacher
-        self.z, self.cond = fixed_latents(task.teacher, task.device)
-
-    @torch.no_grad()
-    def samples(self):
-        return self.task.ema.network(self.z, **self.cond)
-
-    def look(self):
-        """Numbers for the log."""
-        x0 = self.samples()
-        return {"sample_mean": x0.mean().item(), "sample_std": x0.std().item()} | self.task.gap_by_sigma()
-
-    @torch.no_grad()
-    def __call__(self, step):
-        x0 = self.samples()
-        plots.save_grid(self.run.path / f"samples-{step:07d}.png", x0)
-        x0, cond = x0[:10], {name: t[:10] for name, t in self.cond.items()}
-        rows = [("generator", x0)]
-        for value in PANEL_SIGMAS:
-            sigma = torch.full((len(x0),), value, device=x0.device)
-            xt = sim.add_noise(x0, sigma, self.z[-len(x0) :])
-            rows += [(f"x_t, sigma {value:g}", xt), ("teacher", self.teacher(xt, sigma, **cond)),
-                     ("online", self.task.fake.network(xt, sigma, **cond))]  # fmt: skip
-        with checkpoints.replacing(self.run.path / f"panel-{step:07d}.png") as path:
-            plots.panel(rows).savefig(path)
 
 
 def build(cfg, accelerator, teacher):
@@ -176,7 +143,7 @@ def main(cfg):
     run = Run(cfg, accelerator.is_main_process)
     teacher_path = find_teacher(cfg, accelerator)
     task = build(cfg, accelerator, load_teacher(teacher_path, cfg.preset))
-    pictures = Pictures(run, task)
+    pictures = plots.Pictures(run, task, *fixed_latents(task.teacher, task.device))
     try:
         status = train(cfg, accelerator, task, run, pictures.look, pictures, "distil")
     except Diverged as error:

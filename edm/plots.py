@@ -1,4 +1,4 @@
-"""Figures of image runs.  Each returns a matplotlib Figure; nothing here draws on a screen."""
+"""Figures of image runs.  Functions return a matplotlib Figure; nothing here draws on a screen."""
 
 import math
 
@@ -7,6 +7,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+import sim_core as sim
 from edm.checkpoints import replacing
 from edm.data import to_uint8
 
@@ -83,3 +84,49 @@ def save_grid(path, x, columns=10):
     """Network outputs (N, C, H, W) as a grid in a PNG, atomically."""
     with replacing(path) as temporary:
         grid(to_uint8(x.cpu()), columns).save(temporary, format="png")
+
+
+PANEL_SIGMAS = (0.2, 1.0, 5.0)  # low, middle, high
+
+
+class Pictures:
+    """What a distillation looks like: grids from the same latents, and what both networks see.
+
+    z, cond: the latents and what goes with them.  decode: from latents to images (N, C, H, W).
+    Every process computes, as a network may be in shares; the first one writes.
+    """
+
+    def __init__(self, run, task, z, cond, decode=lambda x: x, columns=10):
+        self.run, self.task, self.z, self.cond, self.decode = run, task, z, cond, decode
+        self.columns = columns
+
+    @torch.no_grad()
+    def samples(self):
+        with self.task.accelerator.autocast():
+            return self.task.ema.network(self.z, **self.cond)
+
+    def look(self):
+        """Numbers for the log."""
+        x0 = self.samples()
+        return {"sample_mean": x0.mean().item(), "sample_std": x0.std().item()} | self.task.gap_by_sigma()
+
+    @torch.no_grad()
+    def __call__(self, step):
+        x0 = self.samples()
+        rows = self.panel_rows(x0[: self.columns])
+        if self.run.first:
+            save_grid(self.run.path / f"samples-{step:07d}.png", self.decode(x0), self.columns)
+            rows = [(name, self.decode(images)) for name, images in rows]
+            with replacing(self.run.path / f"panel-{step:07d}.png") as path:
+                panel(rows).savefig(path)
+
+    def panel_rows(self, x0):
+        """[(name, latents), ...]: the generator's, noisy ones, and both networks' view of them."""
+        cond, rows = {name: t[: len(x0)] for name, t in self.cond.items()}, [("generator", x0)]
+        for value in PANEL_SIGMAS:
+            sigma = torch.full((len(x0),), value, device=x0.device)
+            xt = sim.add_noise(x0, sigma, self.z[-len(x0) :])
+            with self.task.accelerator.autocast():
+                rows += [(f"x_t, sigma {value:g}", xt), ("teacher", self.task.teacher(xt, sigma, **cond)),
+                         ("online", self.task.fake.network(xt, sigma, **cond))]  # fmt: skip
+        return rows

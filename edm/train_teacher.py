@@ -39,13 +39,13 @@ TEACHERS = {name: {"data": p["data"]} | p["teacher"] for name, p in PRESETS.item
 
 
 class TeacherTask:
-    """One step: denoise images of the data at p_EDM's noise levels, weighted by lambda_EDM."""
+    """One step: denoise data (B.2).  Serves images here and the latents of text-to-image alike.
 
-    def __init__(self, cfg, accelerator, network, data):
-        self.cfg, self.accelerator, self.device = cfg, accelerator, accelerator.device
-        self.images, self.labels, self.sigma_data = data.images.to(self.device), None, network.sigma_data
-        if network.label_dim:
-            self.labels = one_hot(data.labels, network.label_dim).to(self.device)
+    examples(rng, n) -> x0 (n, *D), sigma (n,), weight (n,), cond: a dict of tensors (n, ...)
+    """
+
+    def __init__(self, cfg, accelerator, network, examples):
+        self.cfg, self.device, self.examples = cfg, accelerator.device, examples
         self.teacher = Trainee(accelerator, network, cfg, cfg.lr)
         self.ema = MovingAverage(network, copy.deepcopy(network).eval(), cfg)
         self.batches = Batches(cfg, accelerator)
@@ -54,32 +54,44 @@ class TeacherTask:
         rng, size = generator_of(self.device, self.cfg.seed, n), self.cfg.batch
         # Dropout takes torch's own generator: a seed for each step and process.
         torch.manual_seed(generator_of("cpu", self.cfg.seed, n, 1 + self.batches.first).initial_seed())
-        index = torch.randint(len(self.images), (size,), generator=rng, device=self.device)
-        x0 = to_network(self.images[index])
-        if self.cfg.flip:
-            mirrored = torch.rand(size, 1, 1, 1, generator=rng, device=self.device) < 0.5
-            x0 = torch.where(mirrored, x0.flip(3), x0)
-        sigma = sim.SIGMA_DISTRIBUTIONS["edm"](size, generator=rng)
+        x0, sigma, weight, cond = self.examples(rng, size)
         noise = torch.randn(x0.shape, generator=rng, device=self.device)
-        x0, sigma, noise = (self.batches.split(t) for t in (x0, sigma, noise))
-        cond = [{}] * self.batches.count
-        if self.labels is not None:
-            cond = [{"class_labels": part} for part in self.batches.split(self.labels[index])]
+        x0, sigma, weight, noise = (self.batches.split(t) for t in (x0, sigma, weight, noise))
+        cond = {name: self.batches.split(t) for name, t in cond.items()}
 
         def loss(i):
-            weight = sim.edm_weight(sigma[i], self.sigma_data)
-            return sim.fake_loss(self.teacher.wrapped, x0[i], sigma[i], noise[i], weight, **cond[i])
+            mine = {name: t[i] for name, t in cond.items()}
+            return sim.fake_loss(self.teacher.wrapped, x0[i], sigma[i], noise[i], weight[i], **mine)
 
         value, norm = self.teacher.update(loss, self.batches.count, n * size)
         self.ema.update((n + 1) * size)
         return {"loss": value, "gradient": norm}
 
     def state_dict(self):
-        return {"teacher": self.teacher.state_dict(), "ema": self.ema.network.state_dict()}
+        return {"teacher": self.teacher.state_dict(), "ema": self.ema.state_dict()}
 
     def load_state_dict(self, state):
         self.teacher.load_state_dict(state["teacher"])
-        self.ema.network.load_state_dict(state["ema"])
+        self.ema.load_state_dict(state["ema"])
+
+
+def image_examples(cfg, device, network, data):
+    """Images of the data at p_EDM's noise levels, weighted by lambda_EDM: `examples` of a TeacherTask."""
+    images, labels = data.images.to(device), None
+    if network.label_dim:
+        labels = one_hot(data.labels, network.label_dim).to(device)
+
+    def examples(rng, n):
+        index = torch.randint(len(images), (n,), generator=rng, device=device)
+        x0 = to_network(images[index])
+        if cfg.flip:
+            mirrored = torch.rand(n, 1, 1, 1, generator=rng, device=device) < 0.5
+            x0 = torch.where(mirrored, x0.flip(3), x0)
+        sigma = sim.SIGMA_DISTRIBUTIONS["edm"](n, generator=rng)
+        cond = {} if labels is None else {"class_labels": labels[index]}
+        return x0, sigma, sim.edm_weight(sigma, network.sigma_data), cond
+
+    return examples
 
 
 def check_data(cfg, network, data):
@@ -101,14 +113,16 @@ def main(cfg):
     network = EDMPrecond(**PRESETS[cfg.preset]["network"])
     check_data(cfg, network, data)
     run = Run(cfg, accelerator.is_main_process)
-    task = TeacherTask(cfg, accelerator, network.to(memory_format=torch.channels_last), data)
+    examples = image_examples(cfg, accelerator.device, network, data)
+    task = TeacherTask(cfg, accelerator, network.to(memory_format=torch.channels_last), examples)
     if cfg.compile:
         compiled([network], accelerator.device, accelerator.print)
     z, cond = fixed_latents(network, accelerator.device)
 
     def picture(step):
         samples = heun(task.ema.network, z, **cond)
-        plots.save_grid(run.path / f"samples-{step:07d}.png", samples)
+        if run.first:
+            plots.save_grid(run.path / f"samples-{step:07d}.png", samples)
 
     def look():
         return {}

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch.distributed.checkpoint import state_dict as whole
+from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
 import sim_core as sim
@@ -50,6 +52,8 @@ def make_accelerator(cfg):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # gloo beside nccl: for what no GPU should wait for
         handlers.append(InitProcessGroupKwargs(backend="gloo" if cpu else "cpu:gloo,cuda:nccl"))
     accelerator = Accelerator(cpu=cpu, mixed_precision=cfg.precision, kwargs_handlers=handlers)
+    if is_sharded(cfg) and (accelerator.num_processes == 1 or cfg.precision == "fp16"):
+        raise UserError("--sharding fsdp is for several processes (torchrun), in bf16 or float32")
     if cfg.batch % accelerator.num_processes:
         raise UserError(f"--batch {cfg.batch} does not divide over {accelerator.num_processes} processes")
     Batches(cfg, accelerator)  # refuses an unfit --micro-batch, before a folder is made
@@ -77,13 +81,41 @@ def generator_of(device, *numbers):
 # Networks that learn.
 
 
+WHOLE = whole.StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def is_sharded(cfg):
+    return getattr(cfg, "sharding", "ddp") == "fsdp"
+
+
+def shard(network, cfg):
+    """FSDP2, with --sharding fsdp: each process keeps a share of the weights, gathered block by block."""
+    if is_sharded(cfg):
+        for block in [*blocks(network)]:
+            fully_shard(block)
+        fully_shard(network, reshard_after_forward=True)  # else a look would leave its own weights whole
+    return network
+
+
+def blocks(module):
+    """The modules in the outermost lists."""
+    for child in module.children():
+        if isinstance(child, (torch.nn.ModuleList, torch.nn.ModuleDict)):
+            yield from child.children()
+        else:
+            yield from blocks(child)
+
+
 class Trainee:
     """A network, its optimiser, and an update over micro-batches."""
 
     def __init__(self, accelerator, network, cfg, lr):
-        self.accelerator, self.network, self.cfg, self.lr = accelerator, network, cfg, lr
-        optimiser = torch.optim.Adam(network.parameters(), lr, (cfg.beta1, cfg.beta2), fused=True)
-        self.wrapped, self.optimiser = accelerator.prepare(network, optimiser)
+        self.accelerator, self.network, self.cfg, self.lr = accelerator, shard(network, cfg), cfg, lr
+        self.sharded = is_sharded(cfg)
+        self.optimiser = torch.optim.Adam(network.parameters(), lr, (cfg.beta1, cfg.beta2), fused=True)
+        self.wrapped = network
+        if not self.sharded:
+            self.wrapped, self.optimiser = accelerator.prepare(network, self.optimiser)
 
     def rate(self, images):
         """The learning rate after so many images: ramp-up, times a cosine."""
@@ -100,8 +132,7 @@ class Trainee:
         """
         total = 0.0
         for i in range(count):
-            last = i == count - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+            with contextlib.nullcontext() if i == count - 1 else self.no_sync():
                 with self.accelerator.autocast():
                     loss = loss_of(i).mean() / count
                 self.accelerator.backward(loss)
@@ -113,26 +144,47 @@ class Trainee:
         self.optimiser.zero_grad()
         return total, norm
 
+    @contextlib.contextmanager
+    def no_sync(self):
+        """Inside, gradients add up on their process."""
+        if not self.sharded:
+            with self.accelerator.no_sync(self.wrapped):
+                yield
+            return
+        self.network.set_requires_gradient_sync(False)
+        yield
+        self.network.set_requires_gradient_sync(True)
+
     def norm(self):
         """Of the gradient, on the device."""
         if scaler := self.accelerator.scaler:  # fp16: a gradient that overflows is skipped, no divergence
             self.accelerator.unscale_gradients(self.optimiser)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.network.parameters()])
+        norm = norm.full_tensor() if self.sharded else norm
         return norm.nan_to_num(0, 0, 0) if scaler else norm
 
     def state_dict(self):
-        return {"network": self.network.state_dict(), "optimiser": self.optimiser.state_dict()}
+        """Of all processes together; if sharded, empty but on the first."""
+        if self.sharded:
+            network, optimiser = whole.get_state_dict(self.network, self.optimiser, options=WHOLE)
+        else:
+            network, optimiser = self.network.state_dict(), self.optimiser.state_dict()
+        return {"network": network, "optimiser": optimiser}
 
     def load_state_dict(self, state):
-        self.network.load_state_dict(state["network"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        if self.sharded:
+            whole.set_state_dict(self.network, self.optimiser, model_state_dict=state["network"],
+                                 optim_state_dict=state["optimiser"], options=WHOLE)  # fmt: skip
+        else:
+            self.network.load_state_dict(state["network"])
+            self.optimiser.load_state_dict(state["optimiser"])
 
 
 class MovingAverage:
     """Of a network's weights.  Its half-life, in images, grows with them: short at first."""
 
     def __init__(self, network, copy, cfg):
-        self.source, self.network, self.cfg = network, copy.requires_grad_(False), cfg
+        self.source, self.network, self.cfg = network, shard(copy.requires_grad_(False), cfg), cfg
 
     @torch.no_grad()
     def update(self, images):
@@ -141,6 +193,12 @@ class MovingAverage:
         share = 1 - 0.5 ** (self.cfg.batch / halflife)
         averages, weights = list(self.network.parameters()), list(self.source.parameters())
         torch._foreach_lerp_(averages, weights, share)
+
+    def state_dict(self):
+        return whole.get_model_state_dict(self.network, options=WHOLE)
+
+    def load_state_dict(self, state):
+        whole.set_model_state_dict(self.network, state, options=WHOLE)
 
 
 class Batches:
@@ -173,17 +231,34 @@ class Distiller:
 
     def __init__(self, cfg, accelerator, teacher, fake, generator, average, shape, condition, sigma_data=0.5):
         self.cfg, self.accelerator, self.device = cfg, accelerator, accelerator.device
-        self.teacher, self.shape, self.condition = teacher.requires_grad_(False), shape, condition
+        self.teacher, self.shape, self.condition = shard(teacher.requires_grad_(False), cfg), shape, condition
         self.fake = Trainee(accelerator, fake, cfg, cfg.fake_lr)
         self.generator = Trainee(accelerator, generator, cfg, cfg.lr)
         self.ema = MovingAverage(generator, average, cfg)
         self.batches, self.distance, self.sigma_data = Batches(cfg, accelerator), surrogate(cfg), sigma_data
         self.weight = {"one": 1.0, "edm": self._edm_weight, "sid": sim.sid_weight}[cfg.weighting]
+        edm_weight = partial(sim.edm_weight, sigma_data=sigma_data)
+        self.fake_weight = {"one": torch.ones_like, "edm": edm_weight}[cfg.fake_weighting]
         self.edges = torch.tensor(SIGMA_BINS, device=self.device)
         self.gaps = torch.zeros(2, len(SIGMA_BINS) + 1, device=self.device)  # sums and counts by sigma
 
     def _edm_weight(self, x0, teacher, sigma, space):
         return sim.edm_weight(sigma, self.sigma_data)
+
+    # What text-to-image does otherwise.
+
+    def draw_sigma(self, distribution, rng):
+        return sim.SIGMA_DISTRIBUTIONS[distribution](self.cfg.batch, generator=rng)
+
+    def fake_cond(self, draw, i):
+        """The cond under which psi learns."""
+        return draw["cond"][i]
+
+    def judge(self, network):
+        """psi as it judges the generator."""
+        return network
+
+    # Algorithm 2.
 
     def draw(self, *numbers):
         """Latents, conditions, and both updates' noise levels and noise, as lists of micro-batches."""
@@ -191,9 +266,9 @@ class Distiller:
         normal = partial(torch.randn, n, *self.shape, generator=rng, device=self.device)
         parts = dict(
             z=normal(),
-            fake_sigma=sim.SIGMA_DISTRIBUTIONS[self.cfg.fake_sigma_distribution](n, generator=rng),
+            fake_sigma=self.draw_sigma(self.cfg.fake_sigma_distribution, rng),
             fake_noise=normal(),
-            sigma=sim.SIGMA_DISTRIBUTIONS[self.cfg.sigma_distribution](n, generator=rng),
+            sigma=self.draw_sigma(self.cfg.sigma_distribution, rng),
             noise=normal(),
         )
         span = {"sigma_min": parts["sigma"].min(), "sigma_max": parts["sigma"].max()}  # over all processes
@@ -230,9 +305,8 @@ class Distiller:
         """psi: denoise the generator's samples (B.2)."""
 
         def loss(i):
-            sigma, noise, cond = draw["fake_sigma"][i], draw["fake_noise"][i], draw["cond"][i]
-            weight = sim.edm_weight(sigma, self.sigma_data)
-            return sim.fake_loss(self.fake.wrapped, images[i], sigma, noise, weight, **cond)
+            sigma, noise, cond = draw["fake_sigma"][i], draw["fake_noise"][i], self.fake_cond(draw, i)
+            return sim.fake_loss(self.fake.wrapped, images[i], sigma, noise, self.fake_weight(sigma), **cond)
 
         return self.fake.update(loss, self.batches.count, seen)
 
@@ -243,7 +317,8 @@ class Distiller:
             sigma, noise, cond = draw["sigma"][i], draw["noise"][i], draw["cond"][i]
             x0 = images[i] if images else self.generator.wrapped(draw["z"][i], **cond)
             seen_by = {}
-            fake = self._watch("fake", self.fake.network, seen_by)  # bare: its gradients are nobody's
+            bare = self.fake.network  # not the wrapped one: its gradients are nobody's
+            fake = self._watch("fake", self.judge(bare), seen_by)
             teacher = self._watch("teacher", self.teacher, seen_by)
             losses = sim.generator_loss(teacher, fake, x0, sigma, noise, self.distance, self.cfg.space,
                                         weight=self.weight, **cond)  # fmt: skip
@@ -281,12 +356,12 @@ class Distiller:
 
     def state_dict(self):
         return {"fake": self.fake.state_dict(), "generator": self.generator.state_dict(),
-                "ema": self.ema.network.state_dict(), "gaps": self.gaps}  # fmt: skip
+                "ema": self.ema.state_dict(), "gaps": self.gaps}  # fmt: skip
 
     def load_state_dict(self, state):
         self.fake.load_state_dict(state["fake"])
         self.generator.load_state_dict(state["generator"])
-        self.ema.network.load_state_dict(state["ema"])
+        self.ema.load_state_dict(state["ema"])
         self.gaps.copy_(state["gaps"])
 
 
@@ -338,7 +413,7 @@ def train(cfg, accelerator, task, run, look, picture, name):
 
     task     has step(n), state_dict(), load_state_dict(state)
     look     look() -> more numbers for the log, of which there are about LOOKS rows
-    picture  picture(step), called with every checkpoint, on the first process
+    picture  picture(step), called with every checkpoint, on every process: networks may be in shares
     """
     state = run.load(accelerator.print) if cfg.resume else None
     start = state["step"] if state else 0
@@ -361,16 +436,17 @@ def train(cfg, accelerator, task, run, look, picture, name):
         bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k in ("fake_loss", "loss", "std")})
 
     def save(step):
+        scaler = {"scaler": accelerator.scaler.state_dict()} if accelerator.scaler else {}
+        try:
+            picture(step)  # first: NaN here, and the state is not worth keeping
+        except ValueError as error:
+            raise Diverged(f"{error} after step {step - 1}") from None
+        state = task.state_dict() | scaler
         if accelerator.is_main_process:
-            scaler = {"scaler": accelerator.scaler.state_dict()} if accelerator.scaler else {}
-            try:
-                picture(step)  # first: NaN here, and the state is not worth keeping
-            except ValueError as error:
-                raise Diverged(f"{error} after step {step - 1}") from None
-            run.save(step, task.state_dict() | scaler)
+            run.save(step, state)
 
     with bar, stop_on_signal() as stop:
-        if not state and accelerator.is_main_process:
+        if not state:
             picture(0)
         step = start
         while step < cfg.steps and not agree(stop, accelerator):
