@@ -1,0 +1,354 @@
+"""Weights of PixArt on disk: diffusers' folders, the original files, and our own students.
+
+    from edm.pixart_files import export_pipeline, load_transformer, save_student
+    transformer, about = load_transformer("PixArt-alpha/PixArt-XL-2-512x512")  # a folder, a file, a name
+    save_student("generator.safetensors", transformer, sigma_init=2.5, teacher="...")
+    export_pipeline("generator.safetensors", "PixArt-alpha/PixArt-XL-2-512x512", "one-step-pixart")
+
+Students are safetensors with diffusers' names and two JSON texts in the metadata, as the files of
+edm/checkpoints.py: "config", the arguments of PixArtTransformer2DModel, and "about", the writer's notes.
+Every tensor of a file must find its place, and every place its tensor.  Nothing in a file is executed.
+"""
+
+import inspect
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from edm.checkpoints import naming, read_safetensors, replacing
+from edm.config import UserError
+from edm.pixart import PixArtDenoiser, sigma_of_t
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+UNUSED = ("caption_projection.y_embedding",)  # the null caption, which old versions of diffusers kept
+TENSORS_PER_BLOCK = 21
+
+
+# ----------------------------------------------------------------------------------------------
+# Reading.
+
+
+def load_transformer(source, heads=None):
+    """-> (PixArtTransformer2DModel on the CPU, eval mode, float32, gradients off; dict of notes).
+
+    source: a folder of a diffusers pipeline or of its transformer, the name of a pipeline on the hub, a
+    file of `save_student`, or one in PixArt's own naming (.pth or .safetensors), such as the released
+    SIM-DiT.  The latter do not tell the number of attention heads: 16 at width 1,152 (XL), else `heads`.
+    Notes are empty but for our own files.  Raises UserError, in one line that names the source.
+    """
+    path, about = Path(source), {}
+    if not path.is_file():
+        path = find(source, ("transformer",))
+        path = path / "transformer" if (path / "transformer").is_dir() else path
+        with naming(path):
+            config, weights = read_folder(path)
+    else:
+        with naming(path), open(path, "rb") as file:
+            safe = file.read(9)[6:] == b"\0\0{"  # safetensors: eight bytes of length, then JSON
+        if safe and is_ours(path):
+            config, weights, about = read_safetensors(path)
+        else:
+            with naming(path):
+                original = safetensors.torch.load_file(path) if safe else read_pth(path)
+                config, weights = from_original(original, heads)
+    with naming(path):
+        return build(config, weights), about
+
+
+def find(source, parts):
+    """A folder, or the name of a pipeline on the hub, of which these parts are fetched -> the folder."""
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists() or path.suffix in (".safetensors", ".pth") or not HUB_NAME.fullmatch(str(source)):
+        raise UserError(f"{source}: not a folder" if path.exists() else f"{source}: no such file or folder")
+    from huggingface_hub import snapshot_download
+
+    wanted = ["model_index.json", *(f"{part}/*" for part in parts)]
+    unwanted = ["*.bin", "*.fp16.*", "*.msgpack", "*.h5"]
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=wanted, ignore_patterns=unwanted))
+    except Exception as error:  # it has many, of several libraries
+        kind = type(error).__name__
+        raise UserError(f"{source}: no such folder here, and not to be had from the hub ({kind})") from None
+
+
+def read_folder(folder):
+    """A folder of diffusers' -> (config, {name: tensor})."""
+    config = json.loads((folder / "config.json").read_text())
+    names, index = {WEIGHTS}, folder / f"{WEIGHTS}.index.json"
+    if index.exists():  # a large one, in several files
+        names = {Path(name).name for name in json.loads(index.read_text())["weight_map"].values()}
+    weights = {}
+    for name in sorted(names):
+        with naming(name):
+            weights |= safetensors.torch.load_file(folder / name)
+    return config, {name: tensor for name, tensor in weights.items() if name not in UNUSED}
+
+
+def is_ours(path):
+    """Whether a safetensors file is one of `save_student`, by its metadata."""
+    with naming(path), safetensors.safe_open(path, "pt") as file:
+        return "config" in (file.metadata() or {})
+
+
+def read_pth(path):
+    """A file of torch.save -> {name: tensor}; of several networks the moving average."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError:
+        raise UserError("not opened: damaged, or it holds more than tensors, which might be code") from None
+    for key in ("ema", "state_dict_ema", "state_dict"):
+        if isinstance(content, dict) and key in content:
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise UserError("holds something else than tensors by name")
+    return content
+
+
+def load_vae(folder):
+    """The AutoencoderKL of a pipeline folder, as `load_transformer` returns a transformer."""
+    from diffusers import AutoencoderKL
+
+    with naming(f"{folder}/vae"):
+        how = dict(output_loading_info=True, dtype=torch.float32, use_safetensors=True)
+        vae, found = AutoencoderKL.from_pretrained(folder, subfolder="vae", **how)
+        if missing := found["missing_keys"]:
+            raise UserError(f"missing {some(missing)}")
+    return vae.eval().requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------------------
+# PixArt's own names.
+
+TOP = {  # PixArt's name -> diffusers'; .weight and .bias alike
+    "x_embedder.proj": "pos_embed.proj",
+    "y_embedder.y_proj.fc1": "caption_projection.linear_1",
+    "y_embedder.y_proj.fc2": "caption_projection.linear_2",
+    "t_embedder.mlp.0": "adaln_single.emb.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "adaln_single.emb.timestep_embedder.linear_2",
+    "t_block.1": "adaln_single.linear",
+    "final_layer.linear": "proj_out",
+    "final_layer.scale_shift_table": "scale_shift_table",
+    "csize_embedder.mlp.0": "adaln_single.emb.resolution_embedder.linear_1",  # to the end: 1,024 pixels only
+    "csize_embedder.mlp.2": "adaln_single.emb.resolution_embedder.linear_2",
+    "ar_embedder.mlp.0": "adaln_single.emb.aspect_ratio_embedder.linear_1",
+    "ar_embedder.mlp.2": "adaln_single.emb.aspect_ratio_embedder.linear_2",
+}
+BLOCK = {  # in each block; several names: the rows are split
+    "scale_shift_table": "scale_shift_table",
+    "attn.qkv": "attn1.to_q attn1.to_k attn1.to_v",
+    "attn.proj": "attn1.to_out.0",
+    "cross_attn.q_linear": "attn2.to_q",
+    "cross_attn.kv_linear": "attn2.to_k attn2.to_v",
+    "cross_attn.proj": "attn2.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+}
+DROPPED = (  # computed, or replaced, here
+    "pos_embed",  # the table of positions
+    "y_embedder.y_embedding",  # the null caption; diffusers takes that of ""
+    "u",  # the noise levels, in SIM's wrapper
+)
+NAME = re.compile(r"(?:blocks\.(?P<block>\d+)\.)?(?P<layer>.+?)(?P<kind>\.weight|\.bias)?")
+
+
+def from_original(weights, heads=None):
+    """PixArt's {name: tensor} -> (config, diffusers' {name: tensor})."""
+    plain = {name.removeprefix("module.").removeprefix("model."): value for name, value in weights.items()}
+    if len(plain) < len(weights):
+        raise UserError("a tensor occurs twice, with and without a prefix")
+    converted, unknown = {}, []
+    for name, tensor in plain.items():
+        found = NAME.fullmatch(name)
+        names = found and (BLOCK if found["block"] else TOP).get(found["layer"])
+        if names:
+            prefix = f"transformer_blocks.{found['block']}." if found["block"] else ""
+            targets = [f"{prefix}{target}{found['kind'] or ''}" for target in names.split()]
+            converted |= zip(targets, tensor.chunk(len(targets)), strict=True)
+        elif name not in DROPPED:
+            unknown.append(name)
+    if unknown:
+        raise UserError(f"not in PixArt's naming: unknown {some(unknown)}")
+    return infer_config(plain, heads), converted
+
+
+def infer_config(weights, heads):
+    """The arguments of PixArtTransformer2DModel, from the shapes under PixArt's names."""
+    needed = ("x_embedder.proj.weight", "y_embedder.y_proj.fc1.weight", "final_layer.linear.weight")
+    if missing := [name for name in needed if name not in weights]:
+        raise UserError(f"not in PixArt's naming: missing {some(missing)}")
+    (width, channels, patch, _), (_, caption), (out, _) = (weights[name].shape for name in needed)
+    heads = heads or (16 if width == 1152 else None)
+    if not heads or width % heads:
+        raise UserError(f"width {width}, not XL's 1,152: the number of heads must be given, got {heads}")
+    large = "csize_embedder.mlp.0.weight" in weights  # 1,024 pixels
+    positions = weights["pos_embed"].shape[1] if "pos_embed" in weights else 32**2
+    return dict(
+        num_attention_heads=heads, attention_head_dim=width // heads, cross_attention_dim=width,
+        in_channels=channels, out_channels=out // patch**2, patch_size=patch, caption_channels=caption,
+        num_layers=len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
+        sample_size=128 if large else math.isqrt(positions) * patch,
+        interpolation_scale=2 if large else 1, use_additional_conditions=large,
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------
+# From a config and weights, which may be damaged or hostile, to a network.
+
+
+def build(config, weights):
+    """PixArtTransformer2DModel(**config) with exactly these weights, copied as float32.
+
+    Entries of the config that the class does not take, as those of old versions, are left out.
+    """
+    from accelerate import init_empty_weights
+    from diffusers import PixArtTransformer2DModel
+
+    known = inspect.signature(PixArtTransformer2DModel).parameters
+    config = {name: value for name, value in config.items() if name in known}
+    layers, size = config.get("num_layers"), config.get("sample_size")
+    if type(layers) is not int or type(size) is not int or not 0 < size <= 1024:
+        raise UserError(f"no config of a PixArt transformer: num_layers={layers!r}, sample_size={size!r}")
+    if layers * TENSORS_PER_BLOCK > len(weights):  # before building them one by one
+        raise UserError(f"{len(weights)} tensors are too few for {layers} layers")
+    with init_empty_weights():  # but the table of positions is computed
+        network = PixArtTransformer2DModel(**config)
+    expected = network.state_dict()
+    wrong = [f"missing {some(missing)}"] if (missing := [k for k in expected if k not in weights]) else []
+    wrong += [f"unknown {some(unknown)}"] if (unknown := [k for k in weights if k not in expected]) else []
+    if wrong:
+        raise UserError("; ".join(wrong))
+    for name, tensor in weights.items():
+        if tensor.shape != expected[name].shape or not tensor.is_floating_point():
+            found = f"{tuple(tensor.shape)} {tensor.dtype}"
+            raise UserError(f"tensor {name} is {found}, the network needs {tuple(expected[name].shape)}")
+        if not tensor.isfinite().all():
+            raise UserError(f"tensor {name} has values that are not finite")
+    # copied: they are views of the mapped file, which somebody may yet change
+    copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in weights.items()}
+    network.load_state_dict(copies, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def some(names):
+    """Words for a list of tensors: how many, and the first few."""
+    listed = ", ".join(name[:100] for name in names[:3])
+    return f"tensor{'s'[: len(names) > 1]} {listed}" + (f" and {len(names) - 3} more" if names[3:] else "")
+
+
+# ----------------------------------------------------------------------------------------------
+# Writing.
+
+
+def save_student(path, transformer, **about):
+    """Write a transformer's weights (as float32) and config, and JSON-able notes, of which sigma_init."""
+    state = transformer.state_dict()
+    weights = {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in state.items()}
+    config = {k: v for k, v in transformer.config.items() if not k.startswith("_")}
+    with replacing(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        metadata = {"config": json.dumps(config), "about": json.dumps(about)}
+        safetensors.torch.save_file(weights, temporary, metadata)
+        temporary.chmod(mode)  # safetensors would leave it to its owner alone
+
+
+def sigma_init_of(path, about):
+    """sigma_init from the notes of a student.  Raises UserError."""
+    sigma_init = about.get("sigma_init")
+    if type(sigma_init) not in (int, float) or not 0 < sigma_init < math.inf:
+        raise UserError(f"{path}: not a student: its notes have sigma_init={sigma_init!r}")
+    return sigma_init
+
+
+PARTS = ("tokenizer", "text_encoder", "vae")  # of a pipeline, those that a student shares with its teacher
+
+CARD = """A one-step text-to-image generator, distilled by score implicit matching (arXiv:2410.16794).
+
+    from diffusers import PixArtAlphaPipeline
+    pipe = PixArtAlphaPipeline.from_pretrained("{name}")
+    image = pipe("a prompt", num_inference_steps=1, guidance_scale=1.0, clean_caption=False).images[0]
+
+The scheduler is made for one step, from sigma = {sigma_init} at t = {t} to 0; without guidance.  diffusers
+lower-cases prompts.
+"""
+
+
+def export_pipeline(student, teacher, out):
+    """Write a folder for diffusers' PixArtAlphaPipeline, whose single step is the generator's.
+
+    student: a file of `save_student`.  teacher: a pipeline, as for `load_transformer`; its tokenizer, text
+    encoder and VAE are linked or, across disks, copied.  out: must not exist.  Raises UserError.
+    """
+    out = Path(out)
+    if out.exists():
+        raise UserError(f"{out}: exists already, and nothing is overwritten")
+    transformer, about = load_transformer(student)
+    sigma_init = sigma_init_of(student, about)
+    folder = find_pipeline(teacher, transformer.config.caption_channels)
+    with naming(folder / "model_index.json"):
+        index = json.loads((folder / "model_index.json").read_text())
+    classes = {"transformer": "PixArtTransformer2DModel", "scheduler": "EulerDiscreteScheduler"}
+    index |= {name: ["diffusers", value] for name, value in classes.items()}
+    index["_class_name"] = "PixArtAlphaPipeline"
+    scheduler, t = one_step_scheduler(transformer, sigma_init)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"tmp-{out.name}-", dir=out.parent) as temporary:
+        new = Path(temporary) / out.name
+        for part in PARTS:
+            shutil.copytree(folder / part, new / part, copy_function=link)
+        transformer.save_pretrained(new / "transformer")
+        scheduler.save_pretrained(new / "scheduler")
+        (new / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (new / "README.md").write_text(CARD.format(name=out.name, sigma_init=sigma_init, t=t))
+        new.rename(out)
+
+
+def find_pipeline(source, caption_channels):
+    """`find`, for a pipeline with all PARTS, whose captions are as wide as the transformer's."""
+    folder = find(source, (*PARTS, "scheduler"))
+    for part in PARTS:
+        if not (folder / part).is_dir():
+            raise UserError(f"{source}: has no {part}, so is not a whole pipeline")
+    config = folder / "text_encoder" / "config.json"
+    with naming(config):
+        width = json.loads(config.read_text())["d_model"]
+    if width != caption_channels:
+        raise UserError(f"{source}: its captions are {width} wide, the student's {caption_channels}")
+    return folder
+
+
+def link(source, target):
+    """A hard link to a file, or where the disk cannot, a copy."""
+    try:
+        os.link(os.path.realpath(source), target)  # the hub's cache is of symbolic links
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def one_step_scheduler(transformer, sigma_init):
+    """-> (EulerDiscreteScheduler whose one step is the generator's, t).
+
+    Euler's step from (x, sigma) to 0 is x - sigma F(x / sqrt(sigma^2 + 1); t): the denoiser.  Trailing
+    spacing puts it at the last step, so the noise levels end at t, and the last is moved to sigma_init.
+    """
+    from diffusers import EulerDiscreteScheduler
+
+    t = int(PixArtDenoiser(transformer).timestep(torch.tensor([sigma_init])))
+    kept = 1 / (1 + sigma_of_t()[:t] ** 2)  # of the signal's variance, before t
+    beta = (1 - kept / torch.cat([kept.new_ones(1), kept[:-1]])).float()
+    before = float((1 - beta).cumprod(0)[-1]) if t else 1.0  # as diffusers rounds it
+    betas = [*beta.tolist(), 1 - 1 / ((1 + sigma_init**2) * before)]
+    return EulerDiscreteScheduler(t + 1, trained_betas=betas, timestep_spacing="trailing"), t

@@ -1,0 +1,286 @@
+"""Draw images from prompts with a one-step text-to-image student, and with its teacher beside it.
+
+    python edm/sample_pixart.py --student generator.safetensors --prompts "a red fox" --out fox.png
+    python edm/sample_pixart.py --student generator.safetensors --prompts figure3 --teacher --out both.png
+    python edm/sample_pixart.py --student generator.safetensors --prompts prompts.txt --seeds 0 --out samples
+    python edm/sample_pixart.py --student generator.safetensors --export one-step-pixart
+
+--out NAME.png is one picture with a row for each prompt; any other name is a folder of single PNGs,
+0003-000005.png for seed 5 of the fourth prompt, and prompts.jsonl.  --export writes a folder that diffusers'
+PixArtAlphaPipeline opens.  An image depends on its prompt and seed, not on the others of the run; on
+--batch only as rounding does.
+"""
+
+import itertools
+import json
+import math
+import sys
+import textwrap
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
+
+import torch
+import torch.nn.functional as F
+from matplotlib.font_manager import findfont
+from PIL import Image, ImageDraw, ImageFont
+
+from edm import plots
+from edm.checkpoints import naming, replacing
+from edm.config import UserError, command_line, option
+from edm.data import to_uint8
+from edm.networks import Generator
+from edm.pixart import PixArtDenoiser, decode, without
+from edm.pixart_files import export_pipeline, find_pipeline, load_transformer, load_vae, sigma_init_of
+from edm.prompts import TextEncoder, quiet, read_prompts
+from edm.sample import kind_of, parse_seeds
+from edm.sampler import latents
+
+FIGURE3 = (  # B.6
+    "A small cactus with a happy face in the Sahara desert.",
+    "An image of a jade green and gold coloured Fabergé egg, 16k resolution, highly detailed, product "
+    "photography, trending on artstation, sharp focus, studio photo, intricate details, fairly dark "
+    "background, perfect lighting, perfect composition, sharp features, Miki Asai Macro photography, "
+    "close-up, hyper detailed, trending on artstation, sharp focus, studio photo, intricate details, highly "
+    "detailed, by greg rutkowski.",
+    "Baby playing with toys in the snow.",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    student: str = option(None, "generator.safetensors of a distillation", required=True, metavar="FILE")
+    prompts: str = option(
+        "figure3", "one prompt, or a file of them (.txt, .jsonl, .csv), or figure3: the paper's"
+    )
+    seeds: str = option("0-3", "for each prompt one image for each, such as 0-3,100")
+    out: str = option(None, "NAME.png, or a folder")
+    teacher: str = option(None, "draw the teacher's images as well (the one that the student notes)",
+                          nargs="?", const="", metavar="FOLDER")  # fmt: skip
+    steps: int = option(20, "of the teacher's sampler, DPM-Solver++")
+    guidance: float = option(4.5, "scale of the teacher's classifier-free guidance")
+    pipeline: str = option(
+        None, "tokenizer, text encoder and VAE (default: the noted teacher's)", metavar="FOLDER"
+    )
+    sigma_init: float = option(None, "refuse a student of another sigma_init")
+    export: str = option(None, "write a pipeline for diffusers into this new folder", metavar="FOLDER")
+    batch: int = option(4, "images at a time")
+    device: str = option("auto", "cpu, cuda, or auto: a GPU if there is one", ("auto", "cpu", "cuda"))
+    precision: str = option("fp32", "of the transformers and the text encoder", ("fp32", "bf16"))
+
+
+# ----------------------------------------------------------------------------------------------
+# Sampling.  sample(z, caption, mask) -> latents like z.
+
+
+def student_sampler(denoiser, sigma_init):
+    """The generator, g(z) = D(sigma_init z; sigma_init)."""
+    generator = Generator(denoiser, sigma_init)
+    return lambda z, caption, mask: generator(z, caption=caption, mask=mask)
+
+
+def teacher_sampler(transformer, folder, vae, null, steps, guidance):
+    """diffusers' own pipeline with the solver of that folder, from the same z as the student."""
+    from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline
+
+    with naming(f"{folder}/scheduler"):
+        scheduler = DPMSolverMultistepScheduler.from_pretrained(folder, subfolder="scheduler")
+    pipeline = PixArtAlphaPipeline(None, None, vae, transformer, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def sample(z, caption, mask):
+        everyone = torch.ones(len(z), dtype=torch.bool, device=z.device)
+        null_caption, null_mask = without(caption, mask, null, everyone)
+        return pipeline(
+            latents=z.to(caption.dtype), prompt_embeds=caption, prompt_attention_mask=mask,
+            negative_prompt=None, negative_prompt_embeds=null_caption,
+            negative_prompt_attention_mask=null_mask,
+            num_inference_steps=steps, guidance_scale=guidance, output_type="latent",
+            use_resolution_binning=False,
+        ).images  # fmt: skip
+
+    return sample
+
+
+def make_encode(encoder):
+    """-> encode(prompts) -> caption (B, L, width), mask (B, L), of one L, each prompt encoded alone."""
+
+    @lru_cache(64)
+    def single(prompt):
+        found = encoder([prompt])
+        missing = encoder.max_tokens - found["mask"].shape[1]
+        return F.pad(found["caption"], (0, 0, 0, missing)), F.pad(found["mask"], (0, missing))
+
+    return lambda prompts: map(torch.cat, zip(*map(single, prompts)))
+
+
+@torch.no_grad()
+def draw(samplers, encode, vae, shape, pairs, batch):
+    """Yield (name of the sampler, pairs, images (B, C, H, W) uint8, seconds) for each batch of pairs.
+
+    samplers: {name: sample}.  pairs: [((number, prompt), seed)].  seconds: of the sampler's call alone.
+    Every call has `batch` images, the last filled up with copies: as in edm/sample.py, an image so depends
+    on no company.
+    """
+    for start in range(0, len(pairs), batch):
+        some = pairs[start : start + batch]
+        full = some + some[-1:] * (batch - len(some))
+        caption, mask = encode([prompt for (_, prompt), _ in full])
+        z = latents([seed for _, seed in full], shape)[0].to(vae.device)
+        for name, sample in samplers.items():
+            begin = time.perf_counter()
+            x = sample(z, caption, mask).float().cpu()  # to the CPU, so that a GPU has finished
+            seconds = time.perf_counter() - begin
+            try:
+                images = to_uint8(decode(vae, x[: len(some)], batch=1).cpu())
+            except ValueError as error:
+                raise UserError(f"{name}, seed {some[0][1]} and on: {error}") from None
+            yield name, some, images, seconds
+
+
+# ----------------------------------------------------------------------------------------------
+# What is written.
+
+
+def sheet(rows):
+    """[(words, images (N, C, H, W) uint8)] -> a picture, the words above each row."""
+    font = ImageFont.truetype(findfont("DejaVu Sans"), 14)
+    parts = []
+    for words, images in rows:
+        row = plots.grid(images, columns=len(images)).convert("RGB")
+        lines = textwrap.wrap(words, max(10, int(row.width / font.getlength("n")))) or [""]
+        strip = Image.new("RGB", (row.width, 18 * len(lines) + 4), "white")
+        ImageDraw.Draw(strip).text((4, 2), "\n".join(lines), "black", font)
+        parts += [strip, row]
+    whole = Image.new("RGB", (max(p.width for p in parts), sum(p.height for p in parts)), "white")
+    for top, part in zip(itertools.accumulate((p.height for p in parts), initial=0), parts):
+        whole.paste(part, (0, top))
+    return whole
+
+
+def save_sheet(cfg, batches):
+    """All images in one picture, the student's row of each prompt above the teacher's."""
+    words = {"student": "student, 1 step", "teacher": f"teacher, {cfg.steps} steps"}
+    rows = defaultdict(list)
+    for name, pairs, images in batches:
+        for (prompt, _), image in zip(pairs, images):
+            rows[prompt, name].append(image)
+    named = [(f"{words[name]}: {text}", torch.stack(row)) for ((_, text), name), row in sorted(rows.items())]
+    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(cfg.out) as path:
+        sheet(named).save(path, format="png")
+
+
+def save_folder(cfg, batches):
+    """Single PNGs, as they come."""
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for _, text in find_prompts(cfg.prompts)]
+    (Path(cfg.out) / "prompts.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    for name, pairs, images in batches:
+        for ((number, _), seed), image in zip(pairs, images):
+            ending = "" if name == "student" else f"-{name}"
+            path = Path(cfg.out) / f"{number:04d}-{seed:06d}{ending}.png"
+            Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(path)
+
+
+# ----------------------------------------------------------------------------------------------
+
+
+def check(cfg):
+    """What can be refused before anything is read."""
+    if not cfg.out and not cfg.export:
+        raise UserError("nothing to do: give --out, for images, or --export")
+    for path in map(Path, filter(None, (cfg.out, cfg.export))):
+        if path.exists() and not (str(path) == cfg.out and path.is_dir() and not any(path.iterdir())):
+            raise UserError(f"{path}: exists already, and nothing is overwritten; choose another name")
+    for name in ("batch", "steps"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(cfg, name)}")
+    if not 1 <= cfg.guidance < math.inf:
+        raise UserError(f"--guidance must be at least 1, got {cfg.guidance}")
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device here")
+
+
+def find_prompts(text):
+    """--prompts -> [(number, prompt), ...]."""
+    if Path(text).suffix in (".txt", ".jsonl", ".csv"):
+        return list(enumerate(read_prompts(text)))
+    if not text.strip():
+        raise UserError("--prompts is empty")
+    return list(enumerate(FIGURE3 if text == "figure3" else [text.strip()]))
+
+
+def make_samplers(cfg, student, about, folder, vae, null):
+    """-> {"student": sample} and, if it is wanted, "teacher", with the networks on their device."""
+    sigma_init = sigma_init_of(cfg.student, about)
+    device, dtype = vae.device, null["caption"].dtype
+    denoiser = PixArtDenoiser(student).to(device, dtype)
+    samplers = {"student": student_sampler(denoiser, sigma_init)}
+    if cfg.teacher is not None:
+        source = cfg.teacher or about.get("teacher") or cfg.pipeline
+        teacher, _ = load_transformer(source)
+        if PixArtDenoiser(teacher).to(device, dtype).shape != denoiser.shape:
+            raise UserError(f"{source}: makes images of another size than {cfg.student}")
+        samplers["teacher"] = teacher_sampler(teacher, folder, vae, null, cfg.steps, cfg.guidance)
+    return samplers
+
+
+def report(seconds, batch):
+    """Print the seconds per image of each sampler, without its first call if there are others."""
+    each = {}
+    for name, calls in seconds.items():
+        counted = calls[1:] or calls
+        each[name] = sum(counted) / len(counted) / batch
+        first = "" if len(calls) > 1 else ", warming up included"
+        print(f"{name}: {each[name]:.3g} s per image, {batch} at a time, without text and VAE{first}")
+    if "teacher" in each:
+        print(f"the student is {each['teacher'] / each['student']:.3g} times as fast")
+
+
+def draw_all(cfg, student, about, folder, pairs):
+    """From all files to the images, and how long they took."""
+    quiet()
+    device = torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
+    encoder = TextEncoder(folder, device, {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.precision])
+    vae = load_vae(folder).to(device)  # in float32 always: it is small
+    samplers = make_samplers(cfg, student, about, folder, vae, encoder.null)
+    seconds = {name: [] for name in samplers}
+
+    def batches():
+        shape = PixArtDenoiser(student).shape
+        for name, some, images, took in draw(samplers, make_encode(encoder), vae, shape, pairs, cfg.batch):
+            seconds[name].append(took)
+            yield name, some, images
+
+    (save_folder if kind_of(cfg.out) == "folder" else save_sheet)(cfg, batches())
+    if encoder.truncated:
+        print(f"warning: {encoder.truncated} prompts cut at {encoder.max_tokens} tokens", file=sys.stderr)
+    report(seconds, cfg.batch)
+    print(f"wrote {len(pairs) * len(samplers)} images to {cfg.out}")
+
+
+def main(cfg):
+    """Draw the images, or write the pipeline."""
+    check(cfg)
+    prompts, seeds = find_prompts(cfg.prompts), parse_seeds(cfg.seeds)
+    student, about = load_transformer(cfg.student)
+    sigma_init = sigma_init_of(cfg.student, about)
+    if cfg.sigma_init not in (None, sigma_init):
+        raise UserError(f"--sigma-init {cfg.sigma_init}: but {cfg.student} was distilled at {sigma_init}")
+    if not (source := cfg.pipeline or about.get("teacher")):
+        raise UserError(f"{cfg.student}: notes no teacher, so --pipeline must be given")
+    folder = find_pipeline(source, student.config.caption_channels)
+    if cfg.export:
+        export_pipeline(cfg.student, folder, cfg.export)
+        print(f"wrote {cfg.export}")
+    if cfg.out:
+        draw_all(cfg, student, about, folder, [(prompt, seed) for prompt in prompts for seed in seeds])
+
+
+if __name__ == "__main__":
+    sys.exit(command_line(main, Settings, __doc__))
