@@ -1,0 +1,571 @@
+"""Algorithm 2 on text-to-image: its gradients by hand, guided, accumulated, over processes; killed runs."""
+
+import csv
+import dataclasses
+import gc
+import json
+import math
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import AutoencoderKL, PixArtTransformer2DModel
+from safetensors.torch import save_file
+from torch.distributed.tensor import distribute_tensor
+
+import sim_core as sim
+from edm import distill_pixart, pixart_digits, pixart_files, prompts, sample_pixart
+from edm.config import (
+    TEXT_PRESETS,
+    TEXT_TEACHERS,
+    TextDistillation,
+    TextTeacherTraining,
+    UserError,
+    command_line,
+    parse,
+)
+from edm.networks import Generator
+from edm.pixart import PixArtDenoiser
+from edm.runs import Run
+from edm.trainer import Distiller, make_accelerator
+from tests.test_distill import Watch, flat, quick, relative, same
+
+ROOT = Path(__file__).parents[1]
+SMALL = dict(num_attention_heads=2, attention_head_dim=12, num_layers=2, in_channels=4, out_channels=8,
+             cross_attention_dim=24, caption_channels=64, sample_size=8, patch_size=2)  # fmt: skip
+TINY = dict(preset="pixart-digits", device="cpu", threads=1, steps=4, batch=8, every=16, samples=20, lr=1e-3,
+            fake_lr=2e-3, warmup=0, lr_end=0.0, guidance=1.0, fake_weighting="one",
+            ema_halflife=4000)  # fmt: skip
+
+
+def config(**changes):
+    return TextDistillation(**TEXT_PRESETS["pixart-digits"]["distill"] | TINY | changes)
+
+
+def make_pipeline(folder):
+    """All of a pipeline, small, of random weights: folder/pipeline."""
+    torch.manual_seed(0)
+    pixart_digits.make_text_encoder(folder / "frozen")
+    AutoencoderKL(**pixart_digits.VAE).save_pretrained(folder / "frozen/vae")
+    transformer = PixArtTransformer2DModel(**SMALL)
+    for p in transformer.parameters():
+        torch.nn.init.normal_(p, std=0.5 * p[0].numel() ** -0.5)
+    pixart_digits.save_pipeline(folder / "pipeline", folder / "frozen", transformer)
+    return folder / "pipeline"
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return make_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """accelerate remembers the precision of the first Accelerator."""
+    AcceleratorState._reset_state()
+
+
+def whole_tensor(t):
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def task_of(pipeline, dtype=torch.float64, **changes):
+    """A TextDistiller of three different networks.  task.gradients: those of its last updates, flat."""
+    cfg = config(**changes)
+    accelerator = make_accelerator(cfg)
+    parts = distill_pixart.Parts(cfg, str(pipeline), accelerator.device)
+    parts.transformer.to(dtype)
+    task = distill_pixart.build(cfg, accelerator, parts)
+    torch.manual_seed(1)
+    for trainee in (task.fake, task.generator):
+        for p in trainee.network.parameters():
+            nudge = 0.05 * torch.randn(p.shape, dtype=p.dtype)
+            if trainee.sharded:
+                nudge = distribute_tensor(nudge, p.device_mesh, p.placements)
+            p.data += nudge
+    task.gradients = {}
+    for name in ("fake", "generator"):
+        watch(task, name)
+    return task
+
+
+def watch(task, name):
+    trainee = getattr(task, name)
+    norm = trainee.norm
+
+    def watched():
+        parts = [whole_tensor(p.grad).flatten() for p in trainee.network.parameters()]
+        task.gradients[name] = torch.cat(parts)
+        return norm()
+
+    trainee.norm = watched
+
+
+def gradients(pipeline, **changes):
+    task = task_of(pipeline, **changes)
+    task.step(3)
+    return task.gradients
+
+
+# ----------------------------------------------------------------------------------------------
+# Who moves when, and by what.
+
+
+@pytest.mark.parametrize("choice", [dict(), dict(guidance=3.0, fake_guidance=2.0, micro_batch=4)], ids=str)
+def test_each_update_moves_its_own_network(pipeline, choice):
+    task = task_of(pipeline, **choice)
+    draw, watch = task.draw(0, 0), Watch(task)
+    images = task.images(draw, keep_graph=task.batches.count == 1)
+    task.update_fake(draw, images, 0)
+    assert watch.moved() == {"fake"}
+    task.update_generator(draw, None, 0)
+    assert watch.moved() == {"generator"}
+    assert all(p.grad is None for net in watch.networks.values() for p in net.parameters())
+    assert all(p.requires_grad for p in task.fake.network.parameters())
+    assert not any(p.requires_grad for net in (task.teacher, task.ema.network) for p in net.parameters())
+
+
+def gradient(loss, net):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*net.parameters()])])
+
+
+def noise_of(net, xt, level, cond):
+    """What the transformer predicts, by hand."""
+    t = net.timestep(level.flatten())
+    return net.transformer(xt / (1 + level**2).sqrt(), cond["caption"].double(), timestep=t,
+                           encoder_attention_mask=cond["mask"]).sample[:, :4]  # fmt: skip
+
+
+CHOICES = [dict(), dict(guidance=3.0), dict(fake_guidance=2.0), dict(fake_weighting="edm")]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_gradients_of_a_step_are_those_of_algorithm_2(pipeline, choice):
+    task, fresh = task_of(pipeline, **choice), task_of(pipeline, **choice)
+    task.step(3)  # psi moves, then theta; fresh keeps both as they were
+    draw = {name: part[0] for name, part in fresh.draw(3, 0).items() if name != "range"}
+    cond, theta = draw["cond"], fresh.generator.network.denoiser
+    null = {k: v.expand(8, *v.shape[1:]) for k, v in fresh.null.items()}
+    start = torch.full((8, 1, 1, 1), 2.5, dtype=torch.float64)
+    x0 = 2.5 * draw["z"] - 2.5 * noise_of(theta, 2.5 * draw["z"].double(), start, cond)
+
+    s, still, shown = draw["fake_sigma"].double().view(-1, 1, 1, 1), x0.detach(), cond
+    if "fake_guidance" in choice:  # the online network does without some captions
+        assert 0 < draw["hidden"].sum() < 8
+        swap = lambda a, b: torch.where(draw["hidden"].view(-1, *[1] * (a.ndim - 1)), b, a)
+        padded = {k: torch.cat([v, torch.zeros_like(cond[k][:, v.shape[1] :])], 1) for k, v in null.items()}
+        shown = {k: swap(cond[k], padded[k]) for k in cond}
+    xt = still + s * draw["fake_noise"]
+    error = xt - s * noise_of(fresh.fake.network, xt, s, shown) - still
+    weight = (s**2 + 0.25) / (0.5 * s) ** 2 if choice.get("fake_weighting", "one") == "edm" else 1
+    loss = (weight * error**2).sum() / 8
+    assert relative(task.gradients["fake"], gradient(loss, fresh.fake.network)) < 1e-6
+
+    s = draw["sigma"].double().view(-1, 1, 1, 1)
+    xt = x0 + s * draw["noise"]
+
+    def judged(net, scale):
+        ours, nobody = (xt - s * noise_of(net, xt, s, c) for c in (cond, null))
+        return nobody + scale * (ours - nobody)
+
+    teacher = fresh.teacher.denoiser if "guidance" in choice else fresh.teacher
+    d_q = judged(teacher, choice.get("guidance", 1))
+    d_psi = judged(task.fake.network, choice.get("fake_guidance", 1))
+    y = d_psi - d_q
+    slope = y / ((y**2).sum((1, 2, 3), keepdim=True) + task.cfg.c**2).sqrt()
+    loss = -(slope * (d_psi - x0)).sum() / 8
+    assert relative(task.gradients["generator"], gradient(loss, theta)) < 1e-6
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_accumulation_reproduces_the_whole_batch(pipeline, share):
+    whole = gradients(pipeline, share=share, guidance=2.0, fake_guidance=2.0)
+    for name, g in gradients(pipeline, share=share, micro_batch=2, guidance=2.0, fake_guidance=2.0).items():
+        assert relative(g, whole[name]) < 1e-6, name  # captions are float32, padded otherwise
+
+
+def test_checkpointing_changes_no_gradient(pipeline):
+    whole = gradients(pipeline)
+    for name, g in gradients(pipeline, checkpointing=True).items():
+        assert relative(g, whole[name]) < 1e-9, name
+
+
+def test_noise_levels_are_rounded_and_captions_are_those_of_the_prompts(pipeline):
+    task, texts = task_of(pipeline, batch=64), pixart_digits.PROMPTS
+    draw = task.draw(5, 0)
+    for name in ("sigma", "fake_sigma"):
+        assert torch.isin(draw[name][0].double(), task.fake.network.levels.float().double()).all()
+    picked = task.pick(torch.Generator().manual_seed(0), 1000)
+    assert picked["prompt"].unique().tolist() == list(range(len(texts)))
+    assert picked["hidden"].float().mean().item() == pytest.approx(0.1, abs=0.03)
+    encoder = prompts.TextEncoder(pipeline)
+    one = task.captions(torch.tensor([7, 33]))
+    expected = encoder([texts[7], texts[33]])
+    assert all(torch.equal(one[k], expected[k]) for k in expected)
+
+
+def test_b3():
+    paper = dict(batch=1024, steps=16_000, lr=5e-6, fake_lr=5e-6, beta1=0.0, beta2=0.999, sigma_init=2.5)
+    paper |= dict(sigma_distribution="pixart", fake_sigma_distribution="pixart", weighting="one",
+                  fake_weighting="one", precision="bf16", checkpointing=True)  # fmt: skip
+    cfg = TextDistillation(preset="pixart-512", **TEXT_PRESETS["pixart-512"]["distill"])
+    assert {k: getattr(cfg, k) for k in paper} == paper and cfg.lr_end == 1 and cfg.fake_updates == 1
+    drawn = sim.SIGMA_DISTRIBUTIONS["pixart"].keywords
+    assert drawn == dict(mean=-2.0, std=2.0, sigma_min=0.01, sigma_max=156.6155)
+
+
+def test_float32_weights_move_where_bf16_weights_would_not(pipeline):
+    task = task_of(pipeline, torch.float32, precision="bf16", lr=5e-6, fake_lr=5e-6, warmup=0)
+    before = {name: flat(net) for name, net in Watch(task).networks.items()}
+    for n in range(3):
+        task.step(n)
+    for name in ("fake", "generator"):
+        now = flat(getattr(task, name).network)
+        assert now.dtype == torch.float32 and 0 < (now - before[name]).abs().max() < 1e-4
+        large = before[name].abs() > 0.02  # there a step of 5e-6 is far below bf16's spacing
+        assert (now != before[name])[large].float().mean() > 0.9
+        assert (now.bfloat16() != before[name].bfloat16())[large].float().mean() < 0.05
+    teacher = next(task.teacher.transformer.parameters())
+    assert teacher.dtype == torch.bfloat16 and torch.equal(flat(task.teacher), before["teacher"])
+
+
+# ----------------------------------------------------------------------------------------------
+# Memory.
+
+
+def test_memory_plan_of_the_paper(monkeypatch):
+    with torch.device("meta"):
+        transformer = PixArtTransformer2DModel(
+            num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8, num_layers=28,
+            cross_attention_dim=1152, caption_channels=4096, sample_size=64, patch_size=2)  # fmt: skip
+    assert transformer.num_parameters() == 610_856_096
+    cfg = TextDistillation(preset="pixart-512", **TEXT_PRESETS["pixart-512"]["distill"])
+    frozen = 2 * 4_762_310_656 + 4 * 83_653_863
+    plan = distill_pixart.memory_plan(cfg, transformer, frozen, 4)
+    fixed = [v for k, v in plan.items() if "activations" not in k]
+    assert sum(fixed) / 1e9 == pytest.approx(19.5 + 2.4 + 1.2 + 9.5 + 0.3, abs=0.2)  # with T5
+    planned = lambda **changes: [
+        *distill_pixart.memory_plan(dataclasses.replace(cfg, **changes), transformer, frozen, 4).values()
+    ]
+    assert planned(sharding="fsdp")[0] == planned()[0] // 4
+    assert planned(checkpointing=False)[-1] > 5 * planned()[-1] > 0
+    assert planned(micro_batch=16)[-1] == 2 * planned()[-1] and planned(guidance=1.0)[-1] < planned()[-1]
+    lines = []
+    monkeypatch.setattr(distill_pixart.psutil, "virtual_memory", lambda: SimpleNamespace(total=60e9))
+    distill_pixart.tell_memory(dict(a=int(30e9), b=int(20e9)), torch.device("cpu"), lines.append)
+    assert lines[-1].strip() == "50.00 GB  on each device: too much for 40 GB, fits 80 GB"
+    with pytest.raises(UserError, match="needs about 70 GB on each device, which has 60 GB: lower --micro"):
+        distill_pixart.tell_memory(dict(a=int(70e9)), torch.device("cpu"), lines.append)
+
+
+# ----------------------------------------------------------------------------------------------
+# Whole runs, in this process.
+
+
+@pytest.fixture
+def here(pipeline, monkeypatch):
+    """A folder with the pipeline and files that are wrong in some way."""
+    quick(monkeypatch.setattr)
+    folder = pipeline.parent
+    monkeypatch.chdir(folder)
+    if not (folder / "mute").exists():
+        for name, missing in (("mute", "text_encoder"), ("blind", "vae"), ("headless", "transformer")):
+            shutil.copytree(pipeline, folder / name, ignore=shutil.ignore_patterns(missing))
+        shutil.copytree(pipeline, folder / "narrow")
+        narrow = PixArtTransformer2DModel(**SMALL | dict(caption_channels=32))
+        narrow.save_pretrained(folder / "narrow/transformer")
+        weights = PixArtTransformer2DModel(**SMALL).state_dict()
+        weights.pop("proj_out.bias")
+        shutil.copytree(pipeline, folder / "lacking")
+        save_file(weights, folder / "lacking/transformer/diffusion_pytorch_model.safetensors")
+        (folder / "empty.txt").write_text("\n \n")
+        (folder / "binary.txt").write_bytes(bytes(range(256)))
+        (folder / "few.txt").write_text("a handwritten one\na handwritten two\n")
+    return folder
+
+
+def run(*more, **changes):
+    """edm/distill_pixart.py's exit code."""
+    settings = TINY | dict(teacher="pipeline") | changes
+    words = [word for k, v in settings.items() for word in (f"--{k.replace('_', '-')}", str(v))]
+    presets = distill_pixart.DISTILLATIONS
+    try:
+        return command_line(distill_pixart.main, TextDistillation, "", [*words, *more], presets)
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        gc.collect()  # lets go of the run's folder
+
+
+def record(out):
+    """What must not depend on interruptions: the log but for time and memory, and all weights."""
+    rows = list(csv.DictReader((Path(out) / "log.csv").read_text().splitlines()))
+    for row in rows:
+        del row["seconds"], row["peak_memory_gb"]
+    state = Run(SimpleNamespace(out=out, keep=2), first=False).load()
+    weights = [flat(pixart_files.load_transformer(Path(out) / "generator.safetensors")[0])]
+    for name in ("fake", "generator"):
+        weights.append(torch.cat([v.flatten() for v in state[name]["network"].values()]))
+    return rows, weights
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    monkeypatch.setattr(pixart_digits, "compare", lambda *networks: {})
+
+
+def test_a_run_leaves_what_it_promises(here, fast, tmp_path):
+    assert run(out=tmp_path / "run") == 0
+    names = "checkpoints config.json curves.png generator.safetensors log.csv metrics.json"
+    pictures = {f"{kind}-{step:07d}.png" for kind in ("panel", "samples") for step in (0, 2, 4)}
+    found = {p.name for p in (tmp_path / "run").iterdir()} - {".lock", "tensorboard"}
+    assert found == pictures | set(names.split())
+    student, about = pixart_files.load_transformer(tmp_path / "run/generator.safetensors")
+    assert about["sigma_init"] == 2.5 and about["teacher"] == str(here / "pipeline")
+    state = Run(SimpleNamespace(out=tmp_path / "run", keep=2), first=False).load()
+    average = Generator(PixArtDenoiser(student)).state_dict()
+    assert all(torch.equal(average[k], v) for k, v in state["ema"].items())
+    rows, _ = record(tmp_path / "run")
+    assert all(math.isfinite(float(v)) for row in rows for k, v in row.items() if "gap" not in k)
+
+
+def test_captions_made_beforehand_give_the_same_run(here, fast, tmp_path, monkeypatch):
+    words = ["encode", "pipeline/prompts.txt", str(tmp_path / "c.safetensors"), "--text-encoder", "pipeline"]
+    prompts.main([*words, "--dtype", "fp32"])
+    assert run(out=tmp_path / "a") == 0
+    assert run(out=tmp_path / "b", captions=tmp_path / "c.safetensors") == 0
+    (rows, mine), (others, its) = record(tmp_path / "a"), record(tmp_path / "b")
+    for row, other in zip(rows, others, strict=True):
+        assert [float(v) for v in row.values()] == pytest.approx([float(v) for v in other.values()], rel=1e-3,
+                                                                 nan_ok=True)  # fmt: skip
+    assert relative(mine[0], its[0]) < 1e-3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_it_resumes_to_the_same_bits(number, here, fast, monkeypatch, capsys, tmp_path):
+    step = Distiller.step
+
+    def stopped(self, n):
+        if n == 2:
+            os.kill(os.getpid(), number)
+        return step(self, n)
+
+    assert run(out=tmp_path / "whole", steps=6) == 0
+    monkeypatch.setattr(Distiller, "step", stopped)
+    assert run(out=tmp_path / "cut", steps=6) == 0
+    assert "stopped by a signal and saved; --resume" in capsys.readouterr().out
+    monkeypatch.setattr(Distiller, "step", step)
+    assert run("--resume", out=tmp_path / "cut", steps=6) == 0
+    assert "going on from step 3" in capsys.readouterr().out
+    assert same(record(tmp_path / "cut"), record(tmp_path / "whole"))
+
+
+def test_prompts_that_are_too_long_are_counted(here, fast, capsys, tmp_path):
+    (tmp_path / "long.txt").write_text("a " * 200 + "\n")
+    assert run(out=tmp_path / "run", prompts=tmp_path / "long.txt", steps=1) == 0
+    assert "of the prompts drawn were cut to 120 tokens" in capsys.readouterr().out
+
+
+def test_resuming_with_another_sigma_init_is_refused(here, fast, capsys, tmp_path):
+    assert run(out=tmp_path / "run", steps=1) == 0
+    before = record(tmp_path / "run")
+    assert run("--resume", out=tmp_path / "run", steps=1, sigma_init=3.0) == 2
+    assert "holds a run of other settings (sigma_init 2.5, not 3.0)" in capsys.readouterr().err
+    assert same(record(tmp_path / "run"), before)
+
+
+WRONG = {  # words on the command line -> in the message
+    "--teacher none": "none: no such file or folder",
+    "--teacher mute": "mute: missing text encoder",
+    "--teacher blind": "blind/vae: ",
+    "--teacher headless": "headless: ",
+    "--teacher narrow": "captions of width 64, but the denoiser takes 32",
+    "--teacher lacking": "lacking/transformer: missing tensor proj_out.bias",
+    "--transformer pipeline/prompts.txt": "pipeline/prompts.txt: ",
+    "--prompts none.txt": "none.txt: No such file",
+    "--prompts empty.txt": "empty.txt: there are no prompts in it",
+    "--prompts binary.txt": "binary.txt: line 1: ",
+    "--captions none.safetensors": "none.safetensors: No such file",
+    "--preset pixart-512 --teacher=": "preset pixart-512 needs --teacher",
+    "--preset imagenet": "invalid choice: 'imagenet'",
+    "--sharding fsdp": "--sharding fsdp is for several processes",
+    "--guidance=-1": "--guidance must be positive, got -1.0",
+    "--micro-batch 3": "--micro-batch 3 does not divide 8",
+    "--sigma-init 0": "--sigma-init must be positive, got 0.0",
+    "--distance l2 --c 1": "distance 'l2' does not take c",
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_wrong_inputs_are_refused_in_one_line_and_leave_no_trace(words, here, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    files = lambda: {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in here.rglob("*")}
+    before = files()
+    assert run(*words.split(), out="new") == 2
+    err = capsys.readouterr().err
+    assert WRONG[words] in err and err.count("\n") == 1 and "error: " in err
+    assert files() == before
+
+
+def test_no_memory_is_told_before_anything_is_trained(here, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(distill_pixart.psutil, "virtual_memory", lambda: SimpleNamespace(total=1e6))
+    assert run(out=tmp_path / "run") == 2
+    out, err = capsys.readouterr()
+    assert "on each device, which has 0.001 GB: lower --micro-batch" in err and err.count("\n") == 1
+    assert "40 prompts; memory:" in out
+
+
+def test_running_out_of_memory_is_one_line_and_keeps_checkpoints(here, fast, capsys, monkeypatch, tmp_path):
+    step = Distiller.step
+
+    def exhausted(self, n):
+        if n == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self, n)
+
+    monkeypatch.setattr(Distiller, "step", exhausted)
+    assert run(out=tmp_path / "run") == 2
+    assert "error: out of memory: lower --micro-batch" in capsys.readouterr().err.splitlines()[-1]
+    assert Run(SimpleNamespace(out=tmp_path / "run", keep=2), first=False).load()["step"] == 2
+
+
+# ----------------------------------------------------------------------------------------------
+# Processes: several, and killed ones.
+
+START = f"import sys; sys.path[:0] = [{str(ROOT)!r}]\nimport tests.test_distill_pixart as t\n"
+TWO = """
+import torch
+found = {}
+for sharding in ("ddp", "fsdp"):
+    for micro_batch, share in t.ACCUMULATIONS:
+        task = t.task_of(sys.argv[1], sharding=sharding, micro_batch=micro_batch, share=share, **t.GUIDED)
+        assert task.accelerator.num_processes == 2 and task.batches.share == 4
+        task.step(3)
+        found[sharding, micro_batch, share] = task.gradients
+torch.save(found, f"rank{task.accelerator.process_index}.pt")
+t.quick()
+t.pixart_digits.compare = lambda *networks: {}
+for sharding in ("ddp", "fsdp"):
+    assert t.run(out=sharding, teacher=sys.argv[1], sharding=sharding, steps=4, every=16) == 0
+assert t.run("--resume", out="fsdp", teacher=sys.argv[1], sharding="fsdp", steps=4, every=16) == 0
+"""
+ACCUMULATIONS, GUIDED = [(0, True), (2, True), (1, False)], dict(guidance=2.0, fake_guidance=2.0)
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does_whole_or_sharded(pipeline, here, fast, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    (tmp_path / "two.py").write_text(START + TWO)
+    words = [*torchrun, str(tmp_path / "two.py"), str(pipeline)]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "going on from step 4" in done.stdout
+    ranks = [torch.load(tmp_path / f"rank{i}.pt") for i in (0, 1)]
+    for (sharding, micro_batch, share), found in ranks[0].items():
+        expected = gradients(pipeline, share=share, **GUIDED)
+        for name, g in expected.items():
+            for mine in (found, ranks[1][sharding, micro_batch, share]):
+                assert relative(mine[name], g) < 1e-6, (sharding, micro_batch, share, name)
+    assert run(out=tmp_path / "one", steps=4) == 0
+    expected, its = record(tmp_path / "one")
+    for sharding in ("ddp", "fsdp"):
+        rows, mine = record(tmp_path / sharding)
+        assert [list(row) for row in rows] == [list(row) for row in expected]
+        for row, by_one in zip(rows, expected):
+            numbers, ones = ([float(v) for v in r.values()] for r in (row, by_one))
+            assert numbers == pytest.approx(ones, rel=1e-2, nan_ok=True)
+        assert relative(mine[0], its[0]) < 1e-3
+
+
+KILLED = """
+import os, signal
+at, replace, calls = int(sys.argv[2]), os.replace, []
+def dying(*names):  # the moments in which a file takes its name
+    calls.append(names)
+    if len(calls) == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(*names)
+os.replace = dying
+t.quick()
+t.shrink()
+print("ready", flush=True)
+sys.exit(t.run("--resume", out=sys.argv[1], teacher="", steps=8))
+"""
+
+
+def shrink():
+    """A small teacher, trained briefly."""
+    pixart_digits.TRANSFORMER = SMALL
+    TEXT_PRESETS["pixart-digits"]["teacher"] = dict(steps=4, batch=8, lr=1e-3, every=16, vae_steps=2)
+    pixart_digits.compare = lambda *networks: {}
+
+
+@pytest.mark.slow
+def test_killed_at_any_instant_and_resumed_ends_in_the_same_bits(tmp_path):
+    (tmp_path / "killed.py").write_text(START + KILLED)
+    rng, killed = random.Random(0), []
+
+    def start(out, at=0):
+        words = [sys.executable, str(tmp_path / "killed.py"), out, str(at)]
+        process = subprocess.Popen(words, cwd=tmp_path, stdout=-1, stderr=-1, text=True)
+        assert process.stdout.readline() == "ready\n", process.communicate()[1]
+        return process
+
+    whole, began = start("whole"), time.time()
+    out, err = whole.communicate(timeout=300)
+    assert "finished after 8 steps" in out, err
+    lasts = time.time() - began
+    for attempt in range(20):
+        process = start("broken", at=rng.randint(7, 11) if attempt % 3 < 2 else 0)
+        if attempt % 3 == 2:  # any other instant
+            time.sleep(rng.uniform(0, lasts / 3))
+            process.kill()
+        err = process.communicate(timeout=300)[1]
+        assert process.returncode in (0, -signal.SIGKILL), err
+        if process.returncode == 0:
+            break
+        killed.append((tmp_path / "broken/teacher/pipeline").exists())
+    assert len(killed) >= 3 and not killed[0] and killed[-1]  # during both trainings
+    assert same(record(tmp_path / "broken"), record(tmp_path / "whole"))
+    teachers = [tmp_path / name / "teacher/pipeline" for name in ("broken", "whole")]
+    assert torch.equal(*(flat(pixart_files.load_transformer(path)[0]) for path in teachers))
+    assert not [*tmp_path.rglob("tmp-*")]
+
+
+@pytest.mark.slow
+def test_the_command_itself(pipeline, tmp_path):
+    words = "--steps 3 --batch 8 --every 16 --samples 40 --device cpu --threads 1 --out run --teacher".split()
+    command = [sys.executable, str(ROOT / "edm/distill_pixart.py"), *words, str(pipeline)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "finished after 3 steps" in done.stdout, done.stderr
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert 0 <= metrics["student_follows"] <= 1 and metrics["samples"] == 40
+    assert metrics["student_fd"] > metrics["floor_fd"] > 0 and sum(metrics["teacher_class_histogram"]) == 40
+
+
+SCRIPTS = {  # script -> its settings and presets
+    "distill_pixart": (TextDistillation, distill_pixart.DISTILLATIONS),
+    "pixart_digits": (TextTeacherTraining, TEXT_TEACHERS),
+    "sample_pixart": (sample_pixart.Settings, None),
+}
+
+
+def test_the_readmes_commands_are_valid():
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ").replace("--seed S", "--seed 0")
+    found = re.findall(r"edm/(\w+)\.py((?: +(?:--[\w-]+|[\w./-]+|\"[^\"]*\"))+)", text)
+    commands = [(name, shlex.split(words)) for name, words in found if name in SCRIPTS]
+    assert {name for name, _ in commands} == set(SCRIPTS)
+    for name, words in commands:
+        cls, presets = SCRIPTS[name]
+        parse(cls, "", words, presets)
