@@ -3,15 +3,18 @@
     python edm/evaluate.py --student out/edm/digits/generator.safetensors --data digits
     python edm/evaluate.py --student generator.safetensors --data cifar-10-batches-bin \\
         --inception inception-2015-12-05.pt --reference cifar10-32x32.npz
+    python edm/evaluate.py --student generator.safetensors --prompts prompts.txt \\
+        --clip openai/clip-vit-large-patch14 --aesthetic sac+logos+ava1-l14-linearMSE.pth
     torchrun --nproc-per-node 4 edm/evaluate.py ...          # the same numbers, sooner
 
-The images are those of seeds 0, 1, 2, ...  With --inception the Fréchet distance is the FID, to the
-statistics of --reference, or to the data's own without one.  Otherwise features are those of a small
-classifier, trained on the data once and kept in a file.
+The images are those of seeds 0, 1, 2, ...; with --prompts, one for each prompt.  With --inception the
+Fréchet distance is the FID, to the statistics of --reference, or to the data's own without one.  Otherwise
+features are those of a small classifier, trained on the data once and kept in a file.
 """
 
 import dataclasses
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -23,7 +26,7 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from edm import checkpoints
+from edm import checkpoints, text_metrics
 from edm.config import UserError, command_line, option
 from edm.data import load_images
 from edm.metrics import (
@@ -43,23 +46,49 @@ from edm.sample import make_sampler, sample_batches
 class Settings:
     student: str = option(None, "generator.safetensors of a run", required=True, metavar="FILE")
     teacher: str = option(None, "its teacher (default: as the student's file says)", metavar="FILE")
-    data: str = option(None, '"digits", or a data set\'s path', required=True)
+    data: str = option(None, '"digits", or a data set\'s path')
     inception: str = option(None, "inception-2015-12-05.pt, for FID", metavar="FILE")
     reference: str = option(None, ".npz with mu and sigma to compute FID to", metavar="FILE")
     classifier: str = option(
         None, "the classifier, kept (default out/edm/classifier-DATA.safetensors)", metavar="FILE"
     )
-    samples: int = option(50_000, "images of each sampler")
-    steps: int = option(18, "the teacher's Heun steps: 2 * steps - 1 evaluations")
-    batch: int = option(256, "images at a time")
+    prompts: str = option(None, "for text to image, instead of --data: a file of prompts, or figure3")
+    clip: str = option(None, "for --prompts: a CLIP, folder or hub name", metavar="FOLDER")
+    aesthetic: str = option(None, "for --prompts: the head of LAION's aesthetic score", metavar="FILE")
+    guidance: float = option(None, "for --prompts: of the teacher (default 4.5)")
+    precision: str = option(
+        None, "for --prompts: of transformers and text encoder (default fp32)", ("fp32", "bf16")
+    )
+    samples: int = option(None, "images of each sampler (default 50000; with --prompts at most: default all)")
+    steps: int = option(None, "the teacher's Heun steps: 2 * steps - 1 evaluations (default 18); with "
+                        "--prompts its sampler's (default 20)")  # fmt: skip
+    batch: int = option(None, "images at a time (default 256, with --prompts 4)")
     out: str = option("metrics.json", "file for the numbers")
+
+
+# For images, and for prompts: what only they take, defaults, least values.
+ONLY = ("data", "inception", "reference", "classifier"), ("clip", "aesthetic", "guidance", "precision")
+DEFAULTS = dict(samples=50_000, steps=18, batch=256), dict(steps=20, batch=4, guidance=4.5, precision="fp32")
+LEAST = dict(samples=5, steps=2, batch=1), dict(samples=2)
+
+
+def filled(cfg):
+    """The settings, with the defaults that depend on --prompts."""
+    defaults = DEFAULTS[cfg.prompts is not None]
+    return dataclasses.replace(cfg, **{k: v for k, v in defaults.items() if getattr(cfg, k) is None})
 
 
 def check(cfg):
     """What can be refused before anything is read."""
-    for name, least in (("samples", 5), ("steps", 2), ("batch", 1)):
-        if getattr(cfg, name) < least:
-            raise UserError(f"--{name} must be at least {least}, got {getattr(cfg, name)}")
+    text = cfg.prompts is not None
+    for name in ONLY[not text]:
+        if getattr(cfg, name) is not None:
+            raise UserError(f"--{name}: {'not' if text else 'only'} with --prompts")
+    if not (cfg.clip if text else cfg.data):
+        raise UserError("--prompts needs --clip" if text else "one of --data and --prompts is needed")
+    for name, least in LEAST[text].items():
+        if (given := getattr(cfg, name)) is not None and given < least:
+            raise UserError(f"--{name} must be at least {least}, got {given}")
     if Path(cfg.out).exists():
         raise UserError(f"{cfg.out}: exists already, and nothing is overwritten; choose another --out")
     if not Path(cfg.out).parent.is_dir():
@@ -128,6 +157,18 @@ def evaluate(cfg, name, network, about, net, reference, state):
     return {"evaluations": evaluations} | row | speed
 
 
+def text_table(result):
+    lines = ["        CLIP score   error aesthetic   error  images/s"]
+    for name in ("student", "teacher"):
+        row = {"aesthetic": math.nan, "aesthetic_error": math.nan} | result[name]
+        lines.append(
+            f"{name:8}{row['clip_score']:10.3f}{row['clip_score_error']:8.3f}{row['aesthetic']:10.3f}"
+            f"{row['aesthetic_error']:8.3f}{row['images_per_second']:10.2f}"
+        )
+    lines.append(f"({row['images']} prompts; the errors are standard errors; the speed without text and VAE)")
+    return "\n".join(lines)
+
+
 def table(result):
     rows, floor = {name: result[name] for name in ("student", "teacher")}, result["data_floor"]
     lines = ["        evaluations        FD      IS  precision  recall  seconds  images/s"]
@@ -142,8 +183,16 @@ def table(result):
 
 
 def compare(cfg):
-    """Student, teacher and data floor: what main prints and writes, as a dictionary."""
+    """Student and teacher, and data floor: what main prints and writes, as a dictionary."""
+    cfg = filled(cfg)
     state = PartialState(cpu=not torch.cuda.is_available())  # else torchrun on CPUs goes unnoticed
+    rows = (compare_data if cfg.prompts is None else text_metrics.compare)(cfg, state)
+    about = {"torch": torch.__version__, "device": str(state.device), "processes": state.num_processes}
+    return rows | {"settings": dataclasses.asdict(cfg), "run": about}
+
+
+def compare_data(cfg, state):
+    """-> {"student": numbers, "teacher": numbers, "data_floor": numbers}."""
     networks = load_networks(cfg)
     data = load_data(cfg, networks["student"][0])
     net = feature_network(cfg, data, state)
@@ -153,15 +202,14 @@ def compare(cfg):
     reference = Reference(features, statistics)
     floor = data_floor(features) | {"inception_score": inception_score(probabilities)}
     rows = {name: evaluate(cfg, name, *networks[name], net, reference, state) for name in networks}
-    about = {"torch": torch.__version__, "device": str(state.device), "processes": state.num_processes}
-    return rows | {"data_floor": floor, "settings": dataclasses.asdict(cfg), "run": about}
+    return rows | {"data_floor": floor}
 
 
 def main(cfg):
     check(cfg)
     result = compare(cfg)
     if PartialState().is_main_process:
-        print(table(result))
+        print(table(result) if cfg.prompts is None else text_table(result))
         with checkpoints.replacing(cfg.out) as temporary:
             entries = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in result.items())
             temporary.write_text("{\n" + ",\n".join(entries) + "\n}\n")
