@@ -1,5 +1,7 @@
 """Figures of a 2-D run.  Every function takes numbers and returns a matplotlib Figure (or a file)."""
 
+from io import BytesIO
+
 import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -138,3 +140,24 @@ def final_figure(panels, history, floor):
         ax.legend(fontsize=8)
         ax.grid(alpha=0.2)
     return figure
+
+
+def sample_panels(panels, data, columns=4):
+    """Scatter panels {title: samples (n, 2)} side by side, each on the data (m, 2) in grey."""
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(2.6 * columns, 2.8 * rows), layout="constrained")
+    for ax, (title, points) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels.items()):
+        _scatter(ax, data[:2000], GREY)
+        _scatter(ax, points[:2000], ORANGE)
+        _square(ax, title)
+    for ax in figure.axes[len(panels) :]:
+        ax.set_axis_off()
+    return figure
+
+
+def png(figure, dpi=75, colours=64):
+    """The bytes of a small PNG, for a notebook: a palette of so many colours instead of all."""
+    full, small = BytesIO(), BytesIO()
+    figure.savefig(full, dpi=dpi)
+    Image.open(full).convert("RGB").quantize(colours).save(small, format="png")
+    return small.getvalue()
