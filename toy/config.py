@@ -63,6 +63,8 @@ class Config:
     width: int = option(None, "hidden units per layer (default: by target)")
     sigma_init: float = option(2.5, "sigma* of the generator g(z) = D(sigma* z; sigma*)")
     teacher_steps: int = option(None, "updates of the teacher, batch 1024 (default: by target)")
+    # the end
+    samples: int = option(10_000, "one-step samples behind metrics.json, and in samples.npz")
     # the machine
     device: str = option("cpu", "torch device")
     threads: int = option(1, "CPU threads, 0 for torch's choice; networks this small gain nothing from more")
@@ -71,9 +73,10 @@ class Config:
     )
     resume: bool = option(False, "go on from the checkpoint in the run's folder")
     show: bool = option(False, "watch in a window while it trains")
+    no_pictures: bool = option(False, "no convergence.gif and final.png: for runs by the hundred")
 
 
-MACHINE = ("device", "threads", "out", "resume", "show")  # these do not change what is computed
+MACHINE = ("device", "threads", "out", "resume", "show", "no_pictures")  # change nothing computed
 SIZES = {  # what a target takes, unless said otherwise
     "ring": dict(steps=4000, teacher_steps=1500, width=96),
     "grid": dict(steps=16_000, teacher_steps=3000, width=128),
@@ -137,6 +140,7 @@ def check(cfg):
             lambda v: v >= 1,
             "at least 1",
         ),
+        (("samples",), lambda v: v >= 2, "at least 2"),
         (("seed", "warmup", "threads"), lambda v: v >= 0, "0 or more"),
         (("lr", "fake_lr", "sigma_init"), lambda v: 0 < v < math.inf, "positive"),
         (("ema", "beta2"), lambda v: 0 <= v < 1, "in [0, 1)"),

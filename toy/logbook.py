@@ -29,11 +29,7 @@ from toy.metrics import (
 )
 from toy.sampler import heun
 
-N_FINAL, N_LOG, N_PROBE = (
-    10_000,
-    2000,
-    256,
-)  # samples behind metrics.json, a row of the log, its score errors
+N_LOG, N_PROBE = 2000, 256  # samples behind a row of the log, its score errors
 DRAWS = 4  # energy distances are means over so many draws of samples and data: one alone scatters by half
 LAG = 0.05  # squared error of the online network's noise prediction (of 2 in the plane) worth a warning
 
@@ -224,13 +220,13 @@ class Log:
 def evaluate(cfg, run, log):
     """The numbers of metrics.json and the arrays of samples.npz, from DRAWS draws and the first of them."""
     rng = torch.Generator(cfg.device).manual_seed(cfg.seed + 2)
-    energies, first = [], None
+    energies, first, n = [], None, cfg.samples
     for _ in range(DRAWS):
-        z, data = (torch.randn(N_FINAL, 2, generator=rng, device=cfg.device), log.target.sample(N_FINAL, rng))
+        z, data = torch.randn(n, 2, generator=rng, device=cfg.device), log.target.sample(n, rng)
         with torch.no_grad():
             samples, teacher = run.ema(z), heun(log.teacher, z)
         within, first = mean_distance(data, data), first or (samples, teacher, data)
-        floor = energy_floor(N_FINAL, N_FINAL, within)
+        floor = energy_floor(n, n, within)
         energies.append(
             [energy_distance(samples, data, within), energy_distance(teacher, data, within), floor]
         )
@@ -249,7 +245,8 @@ def evaluate(cfg, run, log):
 
 
 def finish(cfg, run, log, status):
-    """Write samples.npz, final.png, convergence.gif and metrics.json; return the metrics."""
+    """Write samples.npz, final.png and convergence.gif (unless cfg.no_pictures), metrics.json; return
+    the metrics."""
     out, seconds = Path(cfg.out), log.seconds()
     metrics, arrays = evaluate(cfg, run, log)
     metrics |= {
@@ -262,12 +259,13 @@ def finish(cfg, run, log, status):
     metrics["versions"] = versions()
     with replacing(out / "samples.npz") as path:
         np.savez_compressed(path, **arrays)
-    titles = f"target: {cfg.target}", "teacher, 79 evaluations", "generator, 1 evaluation"
-    panels = {title: arrays[name] for title, name in zip(titles, ("data", "teacher", "generator"))}
-    with replacing(out / "final.png") as path:
-        plots.final_figure(panels, run.history, log.floor).savefig(path, dpi=90)
-    with replacing(out / "convergence.gif") as path:
-        plots.convergence_gif(path, run.snapshots, run.history, log.scene)
+    if not cfg.no_pictures:
+        titles = f"target: {cfg.target}", "teacher, 79 evaluations", "generator, 1 evaluation"
+        panels = {title: arrays[name] for title, name in zip(titles, ("data", "teacher", "generator"))}
+        with replacing(out / "final.png") as path:
+            plots.final_figure(panels, run.history, log.floor).savefig(path, dpi=90)
+        with replacing(out / "convergence.gif") as path:
+            plots.convergence_gif(path, run.snapshots, run.history, log.scene)
     with replacing(out / "metrics.json") as path:
         path.write_text(json.dumps(metrics, indent=1) + "\n")
     return metrics

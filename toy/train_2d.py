@@ -197,8 +197,11 @@ def stop_on_signal():
             signal.signal(number, old)
 
 
-def main(cfg):
-    """Train, distil, write everything into cfg.out; cfg resolved.  Returns the metrics."""
+def main(cfg, teach=train_teacher):
+    """Train, distil, write everything into cfg.out; cfg resolved.  Returns the metrics.
+
+    teach(cfg, target, rng) -> the teacher, for callers that have it already.
+    """
     check(cfg)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     saved = load_checkpoint(cfg) if cfg.resume else None
@@ -207,7 +210,7 @@ def main(cfg):
     rng = torch.Generator(cfg.device).manual_seed(cfg.seed)
     target = make_target(cfg.target).to(cfg.device)
     start = time.perf_counter()
-    network = make_denoiser(cfg, target).requires_grad_(False) if saved else train_teacher(cfg, target, rng)
+    network = make_denoiser(cfg, target).requires_grad_(False) if saved else teach(cfg, target, rng)
     run = Run(cfg, network, rng)
     if saved:
         try:
@@ -250,7 +253,8 @@ def cli(argv=None):
     print(f"    (teacher {m['teacher_high_quality']:.1%})")
     print(f"  modes covered              {m['modes_covered']} of {m['modes']}", end="")
     print(f"   (error of their weights {m['mode_weight_error']:.3f})")
-    print(f"  everything is in {cfg.out}; look at convergence.gif and final.png")
+    look = "" if cfg.no_pictures else "; look at convergence.gif and final.png"
+    print(f"  everything is in {cfg.out}{look}")
     return {"finished": 0, "interrupted": 130, "diverged": 1}[m["status"]]
 
 

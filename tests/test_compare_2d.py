@@ -1,0 +1,146 @@
+"""The study of choices: its rows are the runs' own numbers, it resumes, and says what is wrong."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from toy import compare_2d
+from toy.study_report import figure_of, summarise
+
+ROOT = Path(__file__).parents[1]
+TINY = "--quick --arms default l2 --seeds 2 --steps 4 --jobs 1".split()
+
+
+@pytest.fixture(autouse=True)
+def short_teachers(monkeypatch):
+    """Workers are new processes, which see no patch: they are replaced by this one."""
+    monkeypatch.setattr(compare_2d, "QUICK_COMMON", compare_2d.COMMON | dict(teacher_steps=5, samples=200))
+    compare_2d.KEPT.clear()
+
+
+def here(configs, jobs):
+    for cfg in configs:
+        if not compare_2d.record_of(cfg).exists():
+            compare_2d.run_one(cfg)
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare_2d, "train", here)
+    assert compare_2d.cli([*TINY, "--out", str(tmp_path)]) == 0
+    return tmp_path
+
+
+def rows(study):
+    with open(study / "study.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_rows_are_the_numbers_of_the_runs(study):
+    records = [json.loads(path.read_text()) for path in (study / "runs").glob("*.json")]
+    found = {(r["settings"]["distance"], r["settings"]["seed"]): r["metrics"] for r in records}
+    names = {"default": "pseudo_huber", "l2": "l2"}
+    assert len(rows(study)) == len(found) == 4
+    for row in rows(study):
+        metrics = found[names[row["arm"]], int(row["seed"])]
+        assert float(row["energy_distance"]) == metrics["energy_distance"] and row["status"] == "finished"
+        ratio = metrics["energy_distance"] / metrics["energy_distance_floor"]
+        assert float(row["energy_over_floor"]) == pytest.approx(ratio)
+        assert float(row["high_quality"]) == metrics["high_quality"]
+    table = (study / "study.md").read_text()
+    assert "| default |" in table and "| l2 |" in table and (study / "study.png").stat().st_size > 1000
+    assert [p for p in (study / "runs").iterdir() if p.suffix != ".json"] == []
+
+
+def test_arms_start_from_the_same_teacher(study):
+    by_seed = {}
+    for row in rows(study):
+        by_seed.setdefault(row["seed"], set()).add(row["teacher_energy_distance"])
+    assert all(len(found) == 1 for found in by_seed.values()) and by_seed["0"] != by_seed["1"]
+
+
+def test_what_is_recorded_is_not_repeated(study):
+    before = {path: path.stat().st_mtime_ns for path in (study / "runs").iterdir()}
+    removed = min(before)
+    content = json.loads(removed.read_text())
+    removed.unlink()
+    assert compare_2d.cli([*TINY, "--out", str(study)]) == 0
+    after = {path: path.stat().st_mtime_ns for path in (study / "runs").iterdir()}
+    assert {p for p in before if before[p] != after[p]} == {removed}
+    again = json.loads(removed.read_text())
+    for record in (content, again):  # the same numbers, but for time
+        record["log"].pop("seconds"), record["metrics"].pop("train_seconds")
+    assert again == content
+
+
+def test_an_arm_that_fails_is_recorded_and_shown(tmp_path, monkeypatch):
+    def broken(cfg, teach):
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr(compare_2d, "train", here)
+    monkeypatch.setattr(compare_2d.train_2d, "main", broken)
+    assert compare_2d.cli([*TINY, "--out", str(tmp_path)]) == 0
+    assert {(r["status"], r["error"]) for r in rows(tmp_path)} == {("failed", "ValueError: no such thing")}
+    lines = [line for line in (tmp_path / "study.md").read_text().splitlines() if line.startswith("| l2")]
+    assert lines[0].split("|")[-2].strip() == "2" and "-" in lines[0]
+
+
+def test_medians_and_ranges_over_seeds():
+    made = [dict(arm="a", target="ring", seed=i, status="finished", energy_over_floor=e, high_quality=0.1 * e,
+                 modes_covered=8, steps_to_twice_floor=math.inf if i else 5, seconds=1.0)
+            for i, e in enumerate((3.0, 1.0, 2.0))]  # fmt: skip
+    found = str(summarise(made))
+    assert "2.0" in found and "1.0" in found and "3.0" in found
+    assert summarise(made) == summarise(made[::-1])
+
+
+def test_figure_has_a_curve_for_each_arm_of_figure_2(study):
+    args = compare_2d.parse_args([*TINY, "--arms", "sigma-sim", "sid-sigma-sim", "--out", str(study)])
+    configs = compare_2d.plan(args)
+    here(configs.values(), 1)
+    records = {key: compare_2d.read_record(cfg) for key, cfg in configs.items()}
+    figure = figure_of(summarise([compare_2d.row_of(*item) for item in records.items()]), records,
+                       compare_2d.GROUPS)  # fmt: skip
+    labels = {text for ax in figure.axes for text in ax.get_legend_handles_labels()[1]}
+    assert {"SIM", "SiD"} <= labels and "SIM with w_SiD" not in labels
+
+
+@pytest.mark.parametrize("words, message", [
+    ("--arms l3", "invalid choice: 'l3'"),
+    ("--targets moon", "invalid choice: 'moon'"),
+    ("--seeds 0", "need --seeds at least 1"),
+    ("--steps 0", "steps must be at least 1"),
+    ("--jobs=-1", "--jobs at least 0"),
+    ("--jobs 0", "nothing is recorded"),
+])  # fmt: skip
+def test_wrong_inputs_are_one_line(words, message, tmp_path, capsys):
+    try:
+        code = compare_2d.cli(["--quick", "--out", str(tmp_path), *words.split()])
+    except SystemExit as stop:
+        code = stop.code
+    err = capsys.readouterr().err
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on(tmp_path):
+    words = [sys.executable, str(ROOT / "toy/compare_2d.py"), *TINY, "--out", str(tmp_path)]
+    process = subprocess.Popen(words, stdout=-1, stderr=-1)
+    runs, deadline = tmp_path / "runs", time.time() + 200
+    while not [*runs.glob("*.json")] and time.time() < deadline:
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    first = {p: p.stat().st_mtime_ns for p in runs.glob("*.json")}
+    assert first
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "4 of 4 runs" in done.stdout, done.stderr
+    assert all(p.stat().st_mtime_ns == at for p, at in first.items()) and len(rows(tmp_path)) == 4
