@@ -1,10 +1,18 @@
 """The tests of edm/ need edm/requirements.txt; without it they are left out, and the summary says so."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two workers of two threads would fight
+
 from importlib.util import find_spec
 
-NEEDED = ("accelerate", "PIL", "safetensors", "torchmetrics")
+NEEDED = ("accelerate", "diffusers", "PIL", "safetensors", "torchmetrics", "transformers")
 IMAGE_TESTS = [
-    f"test_{name}.py" for name in ("checkpoints", "data", "distill", "evaluate", "networks", "sample")
+    f"test_{name}.py"
+    for name in (
+        *("checkpoints", "data", "distill", "evaluate", "networks", "preference_study", "sample"),
+        *("pixart", "pixart_files", "prompts", "sample_pixart", "distill_pixart", "text_metrics"),
+    )
 ]
 collect_ignore = [] if all(map(find_spec, NEEDED)) else IMAGE_TESTS
 

@@ -15,7 +15,7 @@ RESULTS = README.split("## Results")[1].split("\n## ")[0]
 OPTIONS = sorted(set(re.findall(r"^\| `(--[^`]+)`", RESULTS, re.M)))
 
 
-@pytest.mark.parametrize("name", ["run", "test", "verify", "images"])
+@pytest.mark.parametrize("name", ["run", "test", "verify", "images", "text"])
 def test_ci_runs_the_readmes_own_commands(name):
     assert re.search(rf"<!-- ci: {name} -->\n```bash\n(.+\n)+```", README)
     assert f"follow {name}\n" in (ROOT / ".ci/run").read_text()
