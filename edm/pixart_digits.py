@@ -27,10 +27,10 @@ from edm.metrics import Reference, classifier_features, data_floor, evaluate_sam
 from edm.pixart import BETA_FIRST, BETA_LAST, PixArtDenoiser, decode, encode, without
 from edm.pixart_files import load_vae
 from edm.prompts import TextEncoder, quiet
-from edm.runs import Run, write_json
+from edm.runs import Run
 from edm.sampler import heun, latents
-from edm.train_teacher import TeacherTask
-from edm.trainer import Diverged, make_accelerator, train
+from edm.train_teacher import TeacherTask, learn
+from edm.trainer import make_accelerator
 
 NUMBERS = "zero one two three four five six seven eight nine".split()
 TEMPLATES = ("a handwritten {}", "the digit {}", "the number {}", "a {}")
@@ -173,23 +173,11 @@ def main(cfg):
         if run.first:
             plots.save_grid(run.path / f"samples-{step:07d}.png", decode(vae, samples))
 
-    try:
-        status = train(cfg, accelerator, task, run, dict, picture, "teacher")
-    except Diverged as error:
-        accelerator.print(f"pixart_digits.py: stopped: {error}; the last good checkpoint is kept",
-                          file=sys.stderr)  # fmt: skip
-        return 1
-    if not accelerator.is_main_process:
-        return 0
-    plots.save_curves(run.path / "curves.png", run.history)
-    if status == "interrupted":
-        print(f"stopped by a signal and saved; --resume --out {cfg.out} goes on")
-        return 0
-    write_json(run.path / "metrics.json", {"steps": cfg.steps, "seconds": run.history[-1]["seconds"]})
-    if not (run.path / "pipeline").exists():  # the last to come: with it the teacher is complete
-        save_pipeline(run.path / "pipeline", frozen, task.ema.network.transformer)
-    print(f"wrote {run.path}/pipeline; look at its samples-*.png and curves.png")
-    return 0
+    def write(path):
+        if not path.exists():
+            save_pipeline(path, frozen, task.ema.network.transformer)
+
+    return learn(cfg, accelerator, task, run, picture, "pipeline", write)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ by 35 evaluations, and checkpoints to --resume from.  Ctrl-C and SIGTERM save fi
 import copy
 import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
@@ -101,6 +102,26 @@ def check_data(cfg, network, data):
         raise UserError(f"{cfg.data}: images of {tuple(data.images.shape[1:])}, not {network.shape}")
 
 
+def learn(cfg, accelerator, task, run, picture, name, write):
+    """Train; write(path) writes the network, the last to come, at cfg.out/name.  Returns the exit code."""
+    try:
+        status = train(cfg, accelerator, task, run, dict, picture, "teacher")
+    except Diverged as error:
+        words = f"teacher: stopped: {error}; the last good checkpoint is kept"
+        accelerator.print(words, file=sys.stderr)
+        return 1
+    if not accelerator.is_main_process:
+        return 0
+    plots.save_curves(run.path / "curves.png", run.history)
+    if status == "interrupted":
+        print(f"stopped by a signal and saved; --resume --out {cfg.out} goes on")
+        return 0
+    write_json(run.path / "metrics.json", {"steps": cfg.steps, "seconds": run.history[-1]["seconds"]})
+    write(run.path / name)
+    print(f"wrote {run.path}/{name}; look at its samples-*.png and curves.png")
+    return 0
+
+
 def main(cfg):
     """Train; cfg.out/teacher.safetensors is there at the end.  Returns the exit code."""
     check(cfg)
@@ -124,26 +145,9 @@ def main(cfg):
         if run.first:
             plots.save_grid(run.path / f"samples-{step:07d}.png", samples)
 
-    def look():
-        return {}
-
-    try:
-        status = train(cfg, accelerator, task, run, look, picture, "teacher")
-    except Diverged as error:
-        accelerator.print(f"train_teacher.py: stopped: {error}; the last good checkpoint is kept",
-                          file=sys.stderr)  # fmt: skip
-        return 1
-    if not accelerator.is_main_process:
-        return 0
-    plots.save_curves(run.path / "curves.png", run.history)
-    if status == "interrupted":
-        print(f"stopped by a signal and saved; --resume --out {cfg.out} goes on")
-        return 0
     about = dict(kind="teacher", preset=cfg.preset, images=cfg.steps * cfg.batch)
-    checkpoints.save(run.path / "teacher.safetensors", task.ema.network, **about)
-    write_json(run.path / "metrics.json", {"steps": cfg.steps, "seconds": run.history[-1]["seconds"]})
-    print(f"wrote {run.path}/teacher.safetensors; look at its samples-*.png and curves.png")
-    return 0
+    write = partial(checkpoints.save, network=task.ema.network, **about)
+    return learn(cfg, accelerator, task, run, picture, "teacher.safetensors", write)
 
 
 if __name__ == "__main__":
