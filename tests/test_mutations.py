@@ -71,7 +71,7 @@ def run_core_tests(folder, source):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     (folder / "sim_core.py").write_text(source)
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "tests/test_core.py"]
+    command = [sys.executable, *"-m pytest -n 0 -x -p no:cacheprovider tests/test_core.py".split()]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
