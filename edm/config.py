@@ -230,6 +230,12 @@ def check(cfg):
 # Command lines.
 
 
+def fitting(preset, /, method="sim", distance="pseudo_huber", **others):
+    """A preset's values, without its c where another loss is chosen, which takes none."""
+    keep = (method, distance) == ("sim", "pseudo_huber")
+    return {name: value for name, value in preset.items() if keep or name != "c"}
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one line."""
 
@@ -249,7 +255,8 @@ def parse(cls, description, argv=None, presets=None):
             about["help"] += "" if f.default is None else " (default %(default)s)"
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **about)
     if presets:
-        parser.set_defaults(**presets[parser.parse_known_args(argv)[0].preset])
+        chosen = vars(parser.parse_known_args(argv)[0])
+        parser.set_defaults(**fitting(presets[chosen["preset"]], **chosen))
     return cls(**vars(parser.parse_args(argv)))
 
 

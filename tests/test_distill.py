@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 
 import sim_core as sim
 from edm import benchmark, checkpoints, distill, evaluate, plots, sample, train_teacher
-from edm.config import PRESETS, Distillation, TeacherTraining, UserError, command_line, parse
+from edm.config import PRESETS, Distillation, TeacherTraining, Training, UserError, check, command_line, parse
 from edm.data import Images, to_uint8
 from edm.networks import EDMPrecond, Generator
 from edm.runs import Run
@@ -671,14 +671,28 @@ SCRIPTS = {  # script -> its settings and presets
 }
 
 
-def test_the_readmes_commands_are_valid():
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ").replace("--seed S", "--seed 0")
+def test_the_commands_of_readme_and_docstrings_are_valid():
+    text = (ROOT / "README.md").read_text() + distill.__doc__ + train_teacher.__doc__
+    text = text.replace("\\\n", " ").replace("--seed S", "--seed 0")
     found = re.findall(r"edm/(\w+)\.py((?: +(?:--[\w-]+|[\w./-]+))+)", text)
     commands = [(name, shlex.split(words)) for name, words in found if name in SCRIPTS]
     assert {name for name, _ in commands} == set(SCRIPTS)
     for name, words in commands:
         cls, presets = SCRIPTS[name]
-        parse(cls, "", words, presets)
+        cfg = parse(cls, "", words, presets)
+        if isinstance(cfg, Training):
+            check(cfg)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "words", ["--method sid", "--method diff_instruct", *(f"--distance {d}" for d in sim.DISTANCES)]
+)
+def test_every_loss_can_be_chosen_with_every_preset(preset, words):
+    cfg = parse(Distillation, "", ["--preset", preset, *words.split()], distill.DISTILLATIONS)
+    check(cfg)
+    assert (cfg.c is None) == ("pseudo_huber" not in words)
+    assert parse(Distillation, "", ["--c", "7"], distill.DISTILLATIONS).c == 7.0
 
 
 # ----------------------------------------------------------------------------------------------
