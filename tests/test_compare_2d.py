@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from toy import compare_2d
-from toy.study_report import figure_of, summarise
+from toy.study_report import FIGURE2, band, figure_of, over_floor, summarise, table
 
 ROOT = Path(__file__).parents[1]
 TINY = "--quick --arms default l2 --seeds 2 --steps 4 --jobs 1".split()
@@ -94,11 +94,44 @@ def test_an_arm_that_fails_is_recorded_and_shown(tmp_path, monkeypatch):
 
 
 def test_medians_and_ranges_over_seeds():
-    made = [dict(arm="a", target="ring", seed=i, status="finished", energy_over_floor=e, high_quality=0.1 * e,
-                 modes_covered=8, steps_to_twice_floor=math.inf if i else 5, seconds=1.0)
-            for i, e in enumerate((9.0, 1.0, 2.0))]  # fmt: skip
-    assert tuple(summarise(made)["a", "ring"]["energy_over_floor"]) == (2, 1, 9)
-    assert summarise(made) == summarise(made[::-1])
+    def row(energy, reached, status="finished"):
+        numbers = dict(energy_over_floor=energy, high_quality=energy / 10, modes_covered=8, seconds=1.0)
+        return dict(arm="a", target="ring", status=status, steps_to_twice_floor=reached) | numbers
+
+    made = [row(3.0, 5), row(1.0, math.inf), row(2.5, 9)]
+    found = summarise(made)["a", "ring"]
+    assert found["energy_over_floor"] == (2.5, 1.0, 3.0) and found["modes_covered"] == (8, 8, 8)
+    assert found["steps_to_twice_floor"] == (9, 5, math.inf) and (found["runs"], found["broken"]) == (3, 0)
+    # one run that broke, however good its last numbers, is the worst of three
+    found = summarise([*made[:2], row(0.5, 9, status="diverged")])["a", "ring"]
+    assert found["energy_over_floor"] == (3.0, 1.0, math.inf) and found["broken"] == 1
+    assert found["high_quality"] == (0.1, 0.0, 0.3) and found["modes_covered"] == (8, 0, 8)
+    line = [t for t in table({("a", "ring"): found}, 7, {"c"}).splitlines() if t.startswith("| a ")]
+    assert line == [
+        "| a | 3.00 (1.00 to -) | 10.0% (0.0% to 30.0%) | 8 (0 to 8) | - (5 to -) | 1 (1 to -) | 3 | 1 |"
+    ]
+
+
+def test_the_kept_teacher_changes_no_number(study, tmp_path):
+    """The second arm found its teacher ready; train_2d by itself trains one and ends in the same place."""
+    args = compare_2d.parse_args([*TINY, "--out", str(study)])
+    cfg = compare_2d.plan(args)["l2", "ring", 1]
+    found = compare_2d.read_record(cfg)["metrics"]
+    alone = compare_2d.train_2d.main(compare_2d.replace(cfg, out=str(tmp_path / "alone")))
+    assert {k: v for k, v in found.items() if k != "train_seconds"} == {
+        k: v for k, v in alone.items() if k != "train_seconds"
+    }
+
+
+def test_a_run_that_diverges_is_recorded_and_not_repeated(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare_2d, "train", here)
+    monkeypatch.setitem(compare_2d.ARMS, "l2", dict(lr=1e30, schedule="constant"))
+    words = [*TINY, "--arms", "l2", "--steps", "40", "--out", str(tmp_path)]
+    assert compare_2d.cli(words) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
+    assert [r["status"] for r in rows(tmp_path)] == ["diverged"] * 2 and len(before) == 2
+    assert compare_2d.cli(words) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
 
 
 def test_figure_has_a_curve_for_each_arm_of_figure_2(study):
@@ -109,7 +142,28 @@ def test_figure_has_a_curve_for_each_arm_of_figure_2(study):
     figure = figure_of(summarise([compare_2d.row_of(*item) for item in records.items()]), records,
                        compare_2d.GROUPS)  # fmt: skip
     labels = {text for ax in figure.axes for text in ax.get_legend_handles_labels()[1]}
-    assert {"SIM", "SiD"} <= labels and "SIM with w_SiD" not in labels
+    assert labels == {"SIM", "SiD"}
+    curves = {line.get_label(): line.get_ydata() for line in figure.axes[0].get_lines()}
+    for label, arm in (("SIM", "sigma-sim"), ("SiD", "sid-sigma-sim")):
+        logs = [over_floor(record) for (name, *_), record in records.items() if name == arm]
+        assert curves[label] == pytest.approx([sum(pair) / 2 for pair in zip(*logs, strict=True)])
+
+
+def test_a_log_that_ends_early_is_infinitely_far_after_it():
+    def record(*energies):
+        return dict(metrics=dict(energy_distance_floor=1.0), settings=dict(samples=2000),
+                    log=dict(step=list(range(len(energies))), energy_distance=energies))  # fmt: skip
+
+    steps, median, low, high = band([record(9, 4, 3), record(8, 2), record(9, 5, 1)])
+    assert steps == [0, 1, 2] and median.tolist() == [9, 4, 3]
+    assert low.tolist() == [8, 2, 1] and high.tolist() == [9, 5, math.inf]
+
+
+def test_the_arms_of_figure_2_exist():
+    arms = {label: compare_2d.ARMS[arm] for panel in FIGURE2.values() for label, (arm, *_) in panel.items()}
+    assert len({arm for panel in FIGURE2.values() for arm, *_ in panel.values()}) == 8
+    assert all(("SiD" in label[:3]) == (arm.get("method") == "sid") for label, arm in arms.items())
+    assert all(("w_SiD" in label) == (arm.get("weighting") == "sid") for label, arm in arms.items())
 
 
 @pytest.mark.parametrize("words, message", [

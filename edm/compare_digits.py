@@ -1,0 +1,275 @@
+"""Figure 2's comparison on real images, small enough for a CPU: SIM and SiD, two noise levels, w_SiD or not.
+
+    python edm/compare_digits.py                                   # 11 arms, 3 seeds: an hour on two cores
+    python edm/compare_digits.py --arms default bf16 --steps 760   # these arms, as long as the preset takes
+    python edm/compare_digits.py --jobs 0                          # train nothing, report on what there is
+
+An arm is the digits preset of distill.py, shorter, with the settings that it names and no others: no
+learning rate is tuned for it.  All arms of a seed start from one teacher, and see the same latents.  The
+score is the Fréchet distance of the moving average's one-step samples in the features of evaluate.py's
+classifier, at a few instants of the training.  A study that was stopped, or killed, goes on where it was.
+"""
+
+import argparse
+import csv
+import json
+import multiprocessing
+import os
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
+
+from accelerate import PartialState
+from tqdm import tqdm
+
+from edm import checkpoints, distill, evaluate, plots, train_teacher
+from edm.config import Distillation, Parser, TeacherTraining, UserError, check, fitting, settings
+from edm.data import load_images
+from edm.metrics import Reference, data_floor, features_of
+from edm.runs import Run, versions, write_json
+from edm.sampler import fixed_latents, heun
+from edm.study_report import SCORES, figure_of, final, table
+from edm.trainer import Diverged, make_accelerator, train
+
+METHODS = {"sim": {}, "sid": dict(method="sid")}  # SiD with its alpha of 1.2
+FIGURE2 = {  # title of the panel -> its arms
+    title: {
+        f"{method}-{levels}{mark}": METHODS[method] | dict(sigma_distribution=sigma) | weighting
+        for method in METHODS
+        for mark, weighting in (("", {}), ("-w", dict(weighting="sid")))
+    }
+    for levels, sigma, title in (("lognormal", "sim", "log-normal levels (B.10)"),
+                                 ("karras", "karras", "Karras' levels (B.8)"))
+}  # fmt: skip
+ARMS = {arm: changes for arms in FIGURE2.values() for arm, changes in arms.items()}
+ARMS |= {"default": {}, "bf16": dict(precision="bf16"), "no-share": dict(share=False)}
+LOOKS = 6  # scores of a run
+
+
+def parse_args(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM",
+        help="of %(choices)s (default: all); -w is with w_SiD")  # fmt: skip
+    add("--seeds", type=int, default=3, help="how many: 0 to SEEDS - 1 (default %(default)s)")
+    add("--steps", type=int, default=300, help="of every distillation (default %(default)s)")
+    add("--teacher-steps", type=int, default=1000, help="of every teacher (default %(default)s)")
+    add("--samples", type=int, default=1797, help="behind every score (default %(default)s, as many as data)")
+    add("--jobs", type=int, default=os.cpu_count(),
+        help="worker processes of one thread each; 0: only report (default: as many as cores)")  # fmt: skip
+    add("--out", default="out/edm/study", help="folder of the study (default %(default)s)")
+    return parser.parse_args(argv)
+
+
+# ------------------------------------------------------------------------------------------------
+# The runs.
+
+
+def plan(args):
+    """{(arm, seed): Distillation} and {seed: TeacherTraining}.  UserError for what no run can have."""
+    if args.seeds < 1 or args.jobs < 0 or args.samples < 5:
+        raise UserError("need --seeds at least 1, --jobs at least 0 and --samples at least 5")
+    out, common = Path(args.out), dict(threads=1, resume=True, keep=1)
+    teacher, student = train_teacher.TEACHERS["digits"], distill.DISTILLATIONS["digits"]
+    teachers, students = {}, {}
+    for seed in range(args.seeds):
+        given = teacher | common | dict(seed=seed, steps=args.teacher_steps)
+        teachers[seed] = TeacherTraining(**given, out=str(out / f"teacher-{seed}"))
+        check(teachers[seed])
+        for arm in dict.fromkeys(args.arms):
+            given = fitting(student, **ARMS[arm]) | common | ARMS[arm]
+            given |= dict(seed=seed, steps=args.steps, samples=args.samples)
+            given["every"] = max(1, args.steps // LOOKS) * given["batch"]
+            given |= dict(teacher=str(out / f"teacher-{seed}/teacher.safetensors"))
+            students[arm, seed] = Distillation(**given, out=str(out / f"runs/{arm}-{seed}"))
+            check(students[arm, seed])
+    return students, teachers
+
+
+def scores_path(cfg):
+    return Path(cfg.out) / "scores.json"
+
+
+def read_scores(cfg):
+    """{"settings": ..., "status": ..., "scores": {step: numbers}} of a run that ended, or None."""
+    path = scores_path(cfg)
+    try:
+        record = json.loads(path.read_text()) if path.exists() else None
+    except ValueError:
+        raise UserError(f"{path} is damaged; remove {cfg.out}, and its run will be repeated") from None
+    if record and record["settings"] != json.loads(json.dumps(settings(cfg))):
+        raise UserError(f"{cfg.out} holds a run of other settings; choose another --out")
+    return record if record and record["status"] != "training" else None
+
+
+class Judge:
+    """Scores of a network's samples against the digits."""
+
+    def __init__(self, study, samples):
+        data, self.state = load_images("digits"), PartialState()
+        kept = dict(classifier=str(study / "classifier.safetensors"), samples=samples)
+        self.cfg = evaluate.filled(evaluate.Settings(data="digits", **kept))
+        self.net = evaluate.feature_network(self.cfg, data, self.state)
+        self.features, _ = features_of(self.net, data.images.split(self.cfg.batch))
+        self.reference = Reference(self.features)
+
+    def __call__(self, name, network, about):
+        return evaluate.evaluate(self.cfg, name, network, about, self.net, self.reference, self.state)
+
+
+def judged_teacher(cfg, samples):
+    """Train the teacher, then score it and the data's two halves."""
+    if train_teacher.main(cfg):
+        raise UserError(f"the teacher in {cfg.out} failed")
+    path = Path(cfg.out) / "teacher.safetensors"
+    if path.exists():  # else a signal came
+        judge, (network, about) = Judge(Path(cfg.out).parent, samples), checkpoints.load(path)
+        scores = {cfg.steps: judge("teacher", network, about)}
+        z, cond = fixed_latents(network, "cpu", rows=1)
+        plots.save_grid(Path(cfg.out) / "ten.png", heun(network, z, **cond))
+        record = {"settings": settings(cfg), "status": "finished", "scores": scores}
+        write_json(scores_path(cfg), record | {"floor_fd": data_floor(judge.features)["fd"]})
+
+
+def judged_student(cfg):
+    """Distil as distill.py does, and score the moving average wherever that would draw pictures."""
+    accelerator = make_accelerator(cfg)
+    run = Run(cfg)
+    task = distill.build(cfg, accelerator, distill.load_teacher(cfg.teacher, cfg.preset))
+    pictures = plots.Pictures(run, task, *fixed_latents(task.teacher, task.device, rows=1))
+    judge = Judge(Path(cfg.out).parents[1], cfg.samples)
+    path, record = scores_path(cfg), {"settings": settings(cfg), "status": "training", "scores": {}}
+    if path.exists():
+        record = json.loads(path.read_text())
+
+    def picture(step):
+        about = {"sigma_init": cfg.sigma_init}
+        try:
+            record["scores"][str(step)] = judge("student", task.ema.network.denoiser, about)
+        except UserError as error:  # not a picture: what `train` takes for divergence
+            raise ValueError(str(error)) from None
+        write_json(path, record)
+        plots.save_grid(run.path / "ten.png", pictures.samples())
+
+    try:
+        status = train(cfg, accelerator, task, run, pictures.look, picture, "distil")
+    except Diverged as error:
+        status, record["error"] = "diverged", str(error)
+    if status != "interrupted":
+        write_json(path, record | {"status": status, "versions": versions()})
+
+
+class Stopped(Exception):
+    """A worker ended with this exit code, having said why if it could."""
+
+
+def quietly(work, *args):
+    """What a worker process does: the work without its progress bars.  Errors of the user's: one line."""
+
+    def end_with_parent():  # a worker whose study was killed must not train on beside the next one
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), redirect_stdout(nowhere):
+            work(*args)
+    except (UserError, OSError) as error:
+        print(f"compare_digits.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def in_a_process(*work):
+    """Each in a fresh one: accelerate's state lasts as long as its process.  Returns the exit code."""
+    process = multiprocessing.get_context("spawn").Process(target=quietly, args=work)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def work_off(jobs, name, todo):
+    """Do todo, a list of (function, *arguments), `jobs` at a time.  Raises Stopped where one fails."""
+    bar = tqdm(total=len(todo), desc=name, unit="run", smoothing=0, disable=not todo)
+    with bar, ThreadPoolExecutor(jobs) as pool:
+        try:
+            for future in as_completed([pool.submit(in_a_process, *work) for work in todo]):
+                if code := future.result():
+                    raise Stopped(code)
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.terminate()  # SIGTERM: they save, and end
+            raise
+
+
+# ------------------------------------------------------------------------------------------------
+# The report.
+
+
+def rows_of(students, teachers):
+    """Lines of study.csv, one for each score, of the runs that ended."""
+    rows = []
+    for (arm, seed), cfg in ({("teacher", s): c for s, c in teachers.items()} | students).items():
+        if record := read_scores(cfg):
+            for step, scores in record["scores"].items():
+                row = {"arm": arm, "seed": seed, "status": record["status"], "step": int(step)}
+                rows.append(row | {name: scores[name] for name in SCORES})
+    return rows
+
+
+def report(args, students, teachers):
+    """Write study.csv, study.md and study.png from the records there are; return `final`'s numbers."""
+    out, rows = Path(args.out), rows_of(students, teachers)
+    if not {row["arm"] for row in rows} > {"teacher"}:
+        raise UserError(f"nothing is recorded in {out} for these settings")
+    floor = json.loads(scores_path(teachers[0]).read_text())["floor_fd"]
+    with checkpoints.replacing(out / "study.csv") as path, open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    found = final(rows)
+    with checkpoints.replacing(out / "study.md") as path:
+        path.write_text(table(found, floor, args))
+    folders = {arm: Path(cfg.out) for (arm, seed), cfg in students.items() if seed == 0}
+    folders |= {"teacher": Path(teachers[0].out)}
+    pictures = {arm: folder / "ten.png" for arm, folder in folders.items() if (folder / "ten.png").exists()}
+    with checkpoints.replacing(out / "study.png") as path:
+        figure_of(rows, floor, pictures, FIGURE2).savefig(path, format="png")
+    done = len({(row["arm"], row["seed"]) for row in rows if row["arm"] != "teacher"})
+    print(f"{done} of {len(students)} runs; look at {out}/study.png, study.md and study.csv")
+    return found
+
+
+def main(args):
+    """Train what is missing, report on all.  Returns `final`'s numbers."""
+    students, teachers = plan(args)
+    if args.jobs:
+        todo = [(judged_teacher, cfg, args.samples) for cfg in teachers.values() if not read_scores(cfg)]
+        work_off(args.jobs, "teachers", todo)
+        work_off(args.jobs, "study", [(judged_student, c) for c in students.values() if not read_scores(c)])
+    return report(args, students, teachers)
+
+
+def cli(argv=None):
+    """The command line: returns the exit code."""
+    try:
+        main(parse_args(argv))
+    except (UserError, OSError) as error:
+        print(f"compare_digits.py: error: {error}", file=sys.stderr)
+        return 2
+    except Stopped as error:
+        print(f"compare_digits.py: a run failed ({error}); the same command goes on", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("compare_digits.py: stopped; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli())
