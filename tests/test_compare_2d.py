@@ -123,6 +123,24 @@ def test_the_kept_teacher_changes_no_number(study, tmp_path):
     }
 
 
+def test_a_failing_arm_leaves_the_others_alone(study, monkeypatch):
+    good, rest = compare_2d.train_2d.main, [row for row in rows(study) if row["arm"] == "default"]
+
+    def broken(cfg, teach):
+        return good(cfg, teach) if cfg.distance == "pseudo_huber" else 1 / 0
+
+    monkeypatch.setattr(compare_2d.train_2d, "main", broken)
+    for path in (study / "runs").glob("*.json"):
+        if json.loads(path.read_text())["settings"]["distance"] == "l2":
+            path.unlink()
+    assert compare_2d.cli([*TINY, "--out", str(study)]) == 0
+    found = rows(study)
+    assert [row for row in found if row["arm"] == "default"] == rest
+    assert [r["error"] for r in found if r["arm"] == "l2"] == ["ZeroDivisionError: division by zero"] * 2
+    lines = {line.split(" | ")[0]: line for line in (study / "study.md").read_text().splitlines()}
+    assert lines["| l2"].endswith("| 2 | 2 |") and lines["| default"].endswith("| 2 | 0 |")
+
+
 def test_a_run_that_diverges_is_recorded_and_not_repeated(tmp_path, monkeypatch):
     monkeypatch.setattr(compare_2d, "train", here)
     monkeypatch.setitem(compare_2d.ARMS, "l2", dict(lr=1e30, schedule="constant"))
@@ -184,16 +202,20 @@ def test_wrong_inputs_are_one_line(words, message, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_killed_study_goes_on(tmp_path):
-    words = [sys.executable, str(ROOT / "toy/compare_2d.py"), *TINY, "--out", str(tmp_path)]
-    process = subprocess.Popen(words, stdout=-1, stderr=-1)
-    runs, deadline = tmp_path / "runs", time.time() + 200
-    while not [*runs.glob("*.json")] and time.time() < deadline:
-        time.sleep(0.1)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    first = {p: p.stat().st_mtime_ns for p in runs.glob("*.json")}
-    assert first
+def test_a_stopped_and_a_killed_study_go_on(tmp_path):
+    words = [sys.executable, str(ROOT / "toy/compare_2d.py"), *TINY, "--jobs", "2", "--out", str(tmp_path)]
+    runs, first = tmp_path / "runs", {}
+    for number in (signal.SIGINT, signal.SIGKILL):
+        process = subprocess.Popen(words, stdout=-1, stderr=-1, text=True)
+        deadline = time.time() + 200
+        while len([*runs.glob("*.json")]) <= len(first) and time.time() < deadline:
+            time.sleep(0.05)
+        os.kill(process.pid, number)
+        _, err = process.communicate(timeout=60)
+        if number == signal.SIGINT:
+            assert process.returncode == 130 and "stopped; the same command goes on" in err
+        before, first = first, {p: p.stat().st_mtime_ns for p in runs.glob("*.json")}
+        assert len(first) > len(before) and before.items() <= first.items()
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "4 of 4 runs" in done.stdout, done.stderr
     assert all(p.stat().st_mtime_ns == at for p, at in first.items()) and len(rows(tmp_path)) == 4
