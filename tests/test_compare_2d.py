@@ -108,7 +108,7 @@ def test_medians_and_ranges_over_seeds():
     assert found["high_quality"] == (0.1, 0.0, 0.3) and found["modes_covered"] == (8, 0, 8)
     line = [t for t in table({("a", "ring"): found}, 7, {"c"}).splitlines() if t.startswith("| a ")]
     assert line == [
-        "| a | 3.00 (1.00 to -) | 10.0% (0.0% to 30.0%) | 8 (0 to 8) | - (5 to -) | 1 (1 to -) | 3 | 1 |"
+        "| a | 3 (1 to -) | 10.0% (0.0% to 30.0%) | 8 (0 to 8) | - (5 to -) | 1 (1 to -) | 3 | 1 |"
     ]
 
 

@@ -209,7 +209,7 @@ def report(args, configs):
     with replacing(out / "study.md") as path:
         path.write_text(table(summary, args.steps, commits))
     with replacing(out / "study.png") as path:
-        figure_of(summary, records, GROUPS).savefig(path, dpi=70)
+        figure_of(summary, records, GROUPS).savefig(path, dpi=90)
     print(f"{len(rows)} of {len(configs)} runs; look at {out}/study.png, study.md and study.csv")
     return summary
 
