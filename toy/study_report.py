@@ -52,8 +52,8 @@ with no sharp sample and no mode. Code: {commits}.
 CAPTION = (
     "Energy distance to the target over what two samples of it have: 1, dotted, is a perfect sampler. "
     "Lines and dots: median of {runs} seeds; bands and bars: their range. Vertical line: the default, which "
-    "also is what stands in brackets. Arrow: beyond the axis. Sharp: share of samples within 3 std of a mode. "
-    "Broken: seeds that diverged, counted as infinitely far."
+    "stands in brackets. Arrow: beyond the axis. Sharp: share of samples within 3 std of a mode. Broken: "
+    "seeds that diverged, counted as infinitely far."
 )
 
 
@@ -191,7 +191,9 @@ def figure_of(summary, records, groups):
     panels = {k: v for k, v in FIGURE2.items() if any(arm in arms for arm, *_ in v.values())}
     headings, heights = places(groups, arms)
     dots = 0.6 + 0.17 * (len(headings) + len(heights))  # inches
-    figure = Figure(figsize=(3.6 * len(targets) + 2.2, 2.7 * len(panels) + dots), layout="constrained")
+    width, caption = 3.6 * len(targets) + 2.2, len(CAPTION) / 16  # inches, if it were one line
+    height = 2.7 * len(panels) + dots + 0.6 + 0.16 * math.ceil(caption / width)
+    figure = Figure(figsize=(width, height), layout="constrained")
     ratios = [2.7] * len(panels) + [dots]
     axes = figure.subplots(len(ratios), len(targets), height_ratios=ratios, squeeze=False)
     for column, target in zip(axes.T, targets):
