@@ -73,6 +73,7 @@ GROUPS = {  # group -> arm -> what it changes
         "sid-sigma-karras": SID | KARRAS,
         "sid-sigma-sim-weight-sid": SID | SIM | SIDWGT,
         "sid-sigma-karras-weight-sid": SID | KARRAS | SIDWGT,
+        "l2-sigma-sim": SIM | dict(distance="l2"),  # SiD is half of this at alpha = 1
     },
 }
 ARMS = {arm: changes for arms in GROUPS.values() for arm, changes in arms.items()}
