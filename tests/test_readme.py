@@ -1,13 +1,16 @@
 """The README: its commands are real, its paths exist, its defaults are the code's."""
 
 import ast
+import csv
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+from toy import compare_2d
 from toy.config import Config, check, parse_args, resolve
+from toy.study_report import cell, summarise
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -25,6 +28,22 @@ def test_ci_runs_the_readmes_own_commands(name):
 @pytest.mark.parametrize("options", OPTIONS)
 def test_the_commands_of_the_results_are_valid(options):
     check(resolve(*parse_args("", shlex.split(options))))
+
+
+COMMANDS = re.findall(r"python toy/(train_2d|compare_2d)\.py((?: +(?:--[\w-]+|\$?[\w.-]+))*)", README)
+
+
+@pytest.mark.parametrize("script, words", COMMANDS)
+def test_the_commands_of_the_page_are_valid(script, words):
+    argv = words.replace("$c", "1").split()
+    if script == "train_2d" and "--help" not in argv:
+        check(resolve(*parse_args("", argv)))
+    elif script == "compare_2d":
+        compare_2d.plan(compare_2d.parse_args(argv))
+
+
+def test_there_are_commands():
+    assert {"train_2d", "compare_2d"} == {script for script, _ in COMMANDS} and len(COMMANDS) > 10
 
 
 def test_there_are_results():
@@ -81,3 +100,39 @@ def test_the_seeds_are_all_of_the_appendix():
     tables = (f"Table 4, row {i}" for i in range(1, 7))
     assert all(other in named for other in ("Algorithm 2", "Listing 1", "Table 5", "Figure 2", *tables))
     assert len(SEEDS) == TABLE.count("\n|") - 2  # all rows but the heading's two
+
+
+def table_rows(section):
+    """{first cell: the others} of the rows of a section's tables."""
+    rows = [
+        [c.strip() for c in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"
+    ]
+    return {name: cells for name, *cells in rows}
+
+
+def records(path):
+    """A committed study.csv: numbers as numbers."""
+    words = ("arm", "target", "status", "error")
+    with open(ROOT / path, newline="") as file:
+        return [
+            {k: v if k in words else float(v or "nan") for k, v in row.items()}
+            for row in csv.DictReader(file)
+        ]
+
+
+def test_the_study_in_the_plane_is_quoted_as_it_was_measured():
+    found = summarise(records("toy/gallery/study.csv"))
+    quoted = table_rows(README.split("<!-- the study in the plane -->")[1].split("<!-- end -->")[0])
+    targets = quoted["arm"]
+    assert {arm for arm, _ in found} == set(compare_2d.ARMS) and all(s["runs"] == 3 for s in found.values())
+    for (arm, target), numbers in found.items():
+        sharp = numbers["high_quality"][0]
+        expected = f"{cell('{:.3g}', numbers['energy_over_floor'])}, {sharp:.0%}"
+        assert quoted[arm][targets.index(target)] == expected, (arm, target)
+
+
+def test_every_picture_has_its_command():
+    section = README.split("## Gallery")[1].split("\n## ")[0]
+    named = set(re.findall(r"`((?:toy|edm)/gallery/[\w.-]+)`", section))
+    kept = {str(p.relative_to(ROOT)) for part in ("toy", "edm") for p in (ROOT / part / "gallery").iterdir()}
+    assert named == kept

@@ -1,6 +1,6 @@
 """Compare the choices that SIM leaves open, with error bars: Table 4, Figure 2 and the neighbours.
 
-    python toy/compare_2d.py                              # everything: about 45 minutes on two cores
+    python toy/compare_2d.py                              # everything: about 40 minutes on two cores
     python toy/compare_2d.py --quick                      # a few arms for a look, a minute or two
     python toy/compare_2d.py --arms default l2 --seeds 9  # these arms, with more seeds
     python toy/compare_2d.py --jobs 0                     # train nothing, report on what there is
