@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from toy import compare_2d
-from toy.study_report import FIGURE2, band, figure_of, over_floor, summarise, table
+from toy.study_report import FIGURE2, NUMBERS, band, figure_of, over_floor, summarise, table
 
 ROOT = Path(__file__).parents[1]
 TINY = "--quick --arms default l2 --seeds 2 --steps 4 --jobs 1".split()
@@ -175,6 +175,16 @@ def test_a_log_that_ends_early_is_infinitely_far_after_it():
     steps, median, low, high = band([record(9, 4, 3), record(8, 2), record(9, 5, 1)])
     assert steps == [0, 1, 2] and median.tolist() == [9, 4, 3]
     assert low.tolist() == [8, 2, 1] and high.tolist() == [9, 5, math.inf]
+
+
+def test_twice_the_floor_is_reached_at_the_first_such_look():
+    log = dict(step=[0, 5, 9], energy_distance=[99.0, 4.1, 3.9], seconds=[1.0, 2.0, 6.0])
+    metrics = dict.fromkeys(NUMBERS, 1.0) | dict(energy_distance=3.0)
+    record = dict(status="finished", metrics=metrics, log=log, settings=dict(samples=4000))  # a log of 2,000
+    row = compare_2d.row_of(("a", "ring", 0), record)
+    assert (row["steps_to_twice_floor"], row["seconds"], row["energy_over_floor"]) == (9, 5.0, 3.0)
+    log["energy_distance"][2] = 4.1
+    assert compare_2d.row_of(("a", "ring", 0), record)["steps_to_twice_floor"] == math.inf
 
 
 def test_the_arms_of_figure_2_exist():

@@ -52,12 +52,16 @@ def rows():
 
 def test_the_arms_are_figure_2_and_differ_in_what_they_name():
     students, teachers = compare_digits.plan(compare_digits.parse_args([]))
-    assert len(students) == 33 and set(teachers) == {0, 1, 2}
+    assert len(students) == 33 and [teachers[seed].seed for seed in range(3)] == [0, 1, 2]
     usual = settings(students["default", 0])
     for (arm, seed), cfg in students.items():
         assert cfg.teacher == f"{teachers[seed].out}/teacher.safetensors" and cfg.seed == seed
         changed = {k for k, v in settings(cfg).items() if v != usual[k]} - {"seed", "teacher"}
         assert changed == set(compare_digits.ARMS[arm]) | ({"c"} if "sid-" in arm else set())
+        assert (cfg.method == "sid") == arm.startswith("sid-") and (cfg.weighting == "sid") == arm.endswith(
+            "-w"
+        )
+        assert (cfg.sigma_distribution == "karras") == ("karras" in arm)
     corners = {(cfg.method, cfg.sigma_distribution, cfg.weighting) for cfg in students.values()}
     assert corners == {("sim", "edm", "one")} | {
         (method, levels, weight)
