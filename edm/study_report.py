@@ -8,7 +8,7 @@ import statistics
 from collections import defaultdict
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from PIL import Image
 
 SCORES = ("fd", "precision", "recall")
@@ -69,7 +69,8 @@ def draw_ends(dots, strips, found, pictures):
             strips.imshow(Image.open(pictures[arm]), cmap="gray", extent=(0, 1, y + 0.46, y - 0.46))
     dots.set_yticks(range(len(found)), found, fontsize=9)
     dots.set(xscale="log", xlabel="Fréchet distance after the last update (a dot per seed)")
-    dots.xaxis.set_major_formatter(ScalarFormatter())
+    dots.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 6, 8)))
+    dots.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     dots.xaxis.set_minor_formatter(NullFormatter())
     dots.grid(alpha=0.2)
     strips.set(xlim=(0, 1), aspect="auto", xticks=[], xlabel="seed 0, the same ten latents")

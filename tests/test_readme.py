@@ -4,10 +4,12 @@ import ast
 import csv
 import re
 import shlex
+import statistics
 from pathlib import Path
 
 import pytest
 
+from edm.study_report import final
 from toy import compare_2d
 from toy.config import Config, check, parse_args, resolve
 from toy.study_report import cell, summarise
@@ -129,6 +131,15 @@ def test_the_study_in_the_plane_is_quoted_as_it_was_measured():
         sharp = numbers["high_quality"][0]
         expected = f"{cell('{:.3g}', numbers['energy_over_floor'])}, {sharp:.0%}"
         assert quoted[arm][targets.index(target)] == expected, (arm, target)
+
+
+def test_the_study_on_digits_is_quoted_as_it_was_measured():
+    found = final(records("edm/gallery/study.csv"))
+    quoted = table_rows(README.split("<!-- the study on digits -->")[1].split("<!-- end -->")[0])
+    for arm, scores in found.items():
+        each = ", ".join(f"{value:.2f}" for value in scores["fd"])
+        medians = [f"{statistics.median(scores[name]):.2f}" for name in ("fd", "precision", "recall")]
+        assert quoted[arm][:4] == [each, *medians], arm
 
 
 def test_every_picture_has_its_command():
