@@ -147,6 +147,8 @@ def judged_student(cfg):
         record = json.loads(path.read_text())
 
     def picture(step):
+        if step % (cfg.every // cfg.batch) and step != cfg.steps:
+            return  # stopped in between: no run has a score that the others lack
         about = {"sigma_init": cfg.sigma_init}
         try:
             record["scores"][str(step)] = judge("student", task.ema.network.denoiser, about)
