@@ -28,7 +28,7 @@ from edm.data import load_images
 from edm.networks import Generator
 from edm.runs import Run, versions, write_json
 from edm.sampler import fixed_latents
-from edm.trainer import Distiller, Diverged, compiled, make_accelerator, train
+from edm.trainer import Distiller, compiled, complete, make_accelerator
 
 DISTILLATIONS = {name: {"data": p["data"]} | p["distill"] for name, p in PRESETS.items()}
 
@@ -144,19 +144,10 @@ def main(cfg):
     teacher_path = find_teacher(cfg, accelerator)
     task = build(cfg, accelerator, load_teacher(teacher_path, cfg.preset))
     pictures = plots.Pictures(run, task, *fixed_latents(task.teacher, task.device))
-    try:
-        status = train(cfg, accelerator, task, run, pictures.look, pictures, "distil")
-    except Diverged as error:
-        accelerator.print(f"distill.py: stopped: {error}; lower --lr; the last good checkpoint is kept",
-                          file=sys.stderr)  # fmt: skip
-        return 1
-    if accelerator.is_main_process:
-        plots.save_curves(run.path / "curves.png", run.history)
-    if status == "interrupted":
-        accelerator.print(f"stopped by a signal and saved; --resume --out {cfg.out} goes on")
-        return 0
-    finish(cfg, accelerator, run, task, teacher_path)
-    return 0
+    code = complete(cfg, accelerator, task, run, pictures.look, pictures, "distil")
+    if code is None:
+        finish(cfg, accelerator, run, task, teacher_path)
+    return code or 0
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from edm.pixart import Guided, PixArtDenoiser, decode, without
 from edm.prompts import MAX_TOKENS, CaptionFile, TextEncoder, encode_by_index, quiet, read_prompts
 from edm.runs import Run, versions, write_json
 from edm.sampler import latents
-from edm.trainer import Distiller, Diverged, compiled, make_accelerator, train
+from edm.trainer import Distiller, compiled, complete, make_accelerator
 
 DISTILLATIONS = {name: preset["distill"] for name, preset in TEXT_PRESETS.items()}
 DROPOUT = 0.1  # share of captions that the online network does without, if it is to be guided
@@ -250,22 +250,14 @@ def main(cfg):
     task = build(cfg, accelerator, parts)
     pictures = make_pictures(run, task, parts.vae)
     try:
-        status = train(cfg, accelerator, task, run, pictures.look, pictures, "distil")
-    except Diverged as error:
-        words = f"distill_pixart.py: stopped: {error}; lower --lr; the last good checkpoint is kept"
-        accelerator.print(words, file=sys.stderr)
-        return 1
+        code = complete(cfg, accelerator, task, run, pictures.look, pictures, "distil")
     except torch.OutOfMemoryError:
         raise UserError("out of memory: lower --micro-batch; the last checkpoint is kept") from None
     if cut := getattr(parts.source, "truncated", 0):
         accelerator.print(f"warning: {cut:,} of the prompts drawn were cut to {MAX_TOKENS} tokens")
-    if accelerator.is_main_process:
-        plots.save_curves(run.path / "curves.png", run.history)
-    if status == "interrupted":
-        accelerator.print(f"stopped by a signal and saved; --resume --out {cfg.out} goes on")
-        return 0
-    finish(cfg, accelerator, run, task, parts)
-    return 0
+    if code is None:
+        finish(cfg, accelerator, run, task, parts)
+    return code or 0
 
 
 if __name__ == "__main__":

@@ -25,16 +25,7 @@ from edm.data import load_images, one_hot, to_network
 from edm.networks import EDMPrecond
 from edm.runs import Run, write_json
 from edm.sampler import fixed_latents, heun
-from edm.trainer import (
-    Batches,
-    Diverged,
-    MovingAverage,
-    Trainee,
-    compiled,
-    generator_of,
-    make_accelerator,
-    train,
-)
+from edm.trainer import Batches, MovingAverage, Trainee, compiled, complete, generator_of, make_accelerator
 
 TEACHERS = {name: {"data": p["data"]} | p["teacher"] for name, p in PRESETS.items()}
 
@@ -104,18 +95,9 @@ def check_data(cfg, network, data):
 
 def learn(cfg, accelerator, task, run, picture, name, write):
     """Train; write(path) writes the network, the last to come, at cfg.out/name.  Returns the exit code."""
-    try:
-        status = train(cfg, accelerator, task, run, dict, picture, "teacher")
-    except Diverged as error:
-        words = f"teacher: stopped: {error}; the last good checkpoint is kept"
-        accelerator.print(words, file=sys.stderr)
-        return 1
-    if not accelerator.is_main_process:
-        return 0
-    plots.save_curves(run.path / "curves.png", run.history)
-    if status == "interrupted":
-        print(f"stopped by a signal and saved; --resume --out {cfg.out} goes on")
-        return 0
+    code = complete(cfg, accelerator, task, run, dict, picture, "teacher")
+    if code is not None or not accelerator.is_main_process:
+        return code or 0
     write_json(run.path / "metrics.json", {"steps": cfg.steps, "seconds": run.history[-1]["seconds"]})
     write(run.path / name)
     print(f"wrote {run.path}/{name}; look at its samples-*.png and curves.png")

@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 import resource
+import sys
 import time
 from functools import partial
 
@@ -23,6 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
 import sim_core as sim
+from edm import plots
 from edm.config import UserError, surrogate
 from edm.runs import stop_on_signal
 
@@ -462,3 +464,19 @@ def train(cfg, accelerator, task, run, look, picture, name):
                 log(step)
             save(step)
     return "finished" if step == cfg.steps else "interrupted"
+
+
+def complete(cfg, accelerator, task, run, look, picture, name):
+    """`train`, its curves, and what the user is told.  Returns an exit code, or None: there is more to do."""
+    try:
+        status = train(cfg, accelerator, task, run, look, picture, name)
+    except Diverged as error:
+        words = f"{name}: stopped: {error}; lower --lr; the last good checkpoint is kept"
+        accelerator.print(words, file=sys.stderr)
+        return 1
+    if accelerator.is_main_process:
+        plots.save_curves(run.path / "curves.png", run.history)
+    if status == "finished":
+        return None
+    accelerator.print(f"stopped by a signal and saved; --resume --out {cfg.out} goes on")
+    return 0
