@@ -365,26 +365,29 @@ def lognormal_sigma(
 
 
 def karras_sigma(
-    n, sigma_min=0.002, sigma_max=80.0, rho=7.0, K=1000, last=800, *,
-    generator=None, device=None, dtype=None,
-):  # fmt: skip
-    """n draws, uniform over the rungs k = 0, ..., last of Karras' ladder of K (B.8, SiD's choice):
+    n, sigma_min=0.002, sigma_max=80.0, rho=7.0, t_max=0.8, *, generator=None, device=None, dtype=None
+):
+    """n draws of SiD's levels: t ~ U[0, t_max] on Karras' ladder, counted from its lower end,
 
-    sigma_k = (sigma_max^(1/rho) + k/(K-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho
+        sigma = (sigma_max^(1/rho) + (1 - t) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho,
+
+    so from 0.002 to 24.4, median 0.98.  (B.8) means these and prints others: its index counts from
+    the upper end, and would keep the largest levels, 0.084 to 80.
     """
-    if not (0 < sigma_min <= sigma_max and 0 <= last < K):
-        given = f"sigma_min {sigma_min}, sigma_max {sigma_max}, last {last}, K {K}"
-        raise ValueError(f"need 0 < sigma_min <= sigma_max and 0 <= last < K, got {given}")
-    device = device or (generator.device if generator else None)
-    k = torch.randint(last + 1, (n,), generator=generator, device=device)
+    if not (0 < sigma_min <= sigma_max and 0 < t_max <= 1):
+        given = f"sigma_min {sigma_min}, sigma_max {sigma_max}, t_max {t_max}"
+        raise ValueError(f"need 0 < sigma_min <= sigma_max and 0 < t_max <= 1, got {given}")
+    device, dtype = device or (generator.device if generator else None), dtype or torch.get_default_dtype()
+    exact = torch.promote_types(dtype, torch.float32)  # half precision would lose levels of t
+    t = t_max * torch.rand(n, generator=generator, device=device, dtype=exact)
     top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    return (top + k.to(dtype or torch.get_default_dtype()) / (K - 1) * (bottom - top)) ** rho
+    return ((top + (1 - t) * (bottom - top)) ** rho).to(dtype)
 
 
 SIGMA_DISTRIBUTIONS = {
     "edm": partial(lognormal_sigma, mean=-1.2, std=1.2),  # B.6
     "sim": partial(lognormal_sigma, mean=-3.5, std=2.5),  # B.10
-    "karras": karras_sigma,  # B.8
+    "karras": karras_sigma,  # SiD's code; (B.8) corrected
     "pixart": partial(lognormal_sigma, mean=-2.0, std=2.0, sigma_min=0.01, sigma_max=156.6155),
 }
 

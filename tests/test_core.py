@@ -417,20 +417,16 @@ def test_pixart_is_clipped_not_redrawn():
     assert (sigma == sigma.min()).float().mean().item() == pytest.approx(0.0964, abs=0.003)
 
 
-def test_karras_ladder():
-    """B.8 with the index inside: k = 0 is 80, k = 999 would be 0.002; k runs over 0..800."""
-    sigma = sim.karras_sigma(50_000, generator=torch.Generator().manual_seed(0))
-    top, bottom = 80 ** (1 / 7), 0.002 ** (1 / 7)
-    rungs = (sigma.double() ** (1 / 7) - top) / (bottom - top) * 999
-    assert rungs.round().unique().tolist() == list(range(801)) and (rungs - rungs.round()).abs().max() < 1e-3
-    assert sigma.max().item() == pytest.approx(80, rel=1e-5)
-    last = (80 ** (1 / 7) + 800 / 999 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
-    assert sigma.min().item() == pytest.approx(last, rel=1e-4) and last == pytest.approx(0.0841, abs=1e-4)
-    assert sim.karras_sigma(9, last=0).unique().item() == pytest.approx(80, rel=1e-5)
-    full = sim.karras_sigma(
-        100_000, last=999, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
-    assert full.min().item() == pytest.approx(0.002, rel=1e-9)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_karras_is_the_lower_end_of_the_ladder_as_in_sids_code(dtype):
+    draw = sim.SIGMA_DISTRIBUTIONS["karras"]
+    sigma = draw(200_000, generator=torch.Generator().manual_seed(0), dtype=dtype).double()
+    found = sigma.quantile(torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)).tolist()
+    assert found == pytest.approx([0.01148, 0.0851, 0.9654, 5.839, 14.26], rel=0.03)
+    bottom, top = 0.002, (80 ** (1 / 7) + 0.2 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    assert sigma.min().item() == pytest.approx(bottom, rel=0.02) and top == pytest.approx(24.4, abs=0.05)
+    assert sigma.max().item() == pytest.approx(top, rel=0.005)
+    assert sigma.unique().numel() > {torch.float16: 5000, torch.bfloat16: 1000}.get(dtype, 150_000)
 
 
 def test_weightings():
@@ -451,7 +447,7 @@ def test_samplers_follow_their_generator_and_refuse_nonsense():
     for bad in (dict(std=-1), dict(std=1, sigma_min=2, sigma_max=1), dict(std=1, sigma_min=-1)):
         with pytest.raises(ValueError, match="sigma_min"):
             sim.lognormal_sigma(4, 0.0, **bad)
-    for bad in (dict(sigma_min=0.0), dict(last=1000), dict(sigma_min=90.0)):
+    for bad in (dict(sigma_min=0.0), dict(t_max=1.1), dict(sigma_min=90.0)):
         with pytest.raises(ValueError, match="sigma_min"):
             sim.karras_sigma(4, **bad)
 

@@ -61,7 +61,8 @@ MUTATIONS = {  # what is broken: (line of sim_core.py, its replacement)
     "sid: alpha's sign": ("teacher - target + alpha * y", "teacher - target - alpha * y"),
     "diff-instruct: y live": ("(fake - teacher).detach(), target)", "fake - teacher, target)"),
     "constants: p_SIM": ("mean=-3.5, std=2.5", "mean=-3.5, std=2.0"),
-    "constants: Karras' last rung": ("last=800", "last=999"),
+    "constants: Karras' share": ("t_max=0.8", "t_max=1.0"),
+    "Karras: counted from the upper end": ("(1 - t) * (bottom", "t * (bottom"),
     "weights: w_SiD": ("** -2 / error", "** -1 / error"),
 }
 
