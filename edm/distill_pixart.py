@@ -36,13 +36,13 @@ DROPOUT = 0.1  # share of captions that the online network does without, if it i
 
 
 class TextDistiller(Distiller):
-    """Algorithm 2 with prompts: noise levels rounded to the network's, captions, guidance."""
+    """Algorithm 2 with prompts: captions, guidance, and the latents' sigma_data."""
 
     def __init__(self, cfg, accelerator, teacher, fake, generator, parts):
         self.captions, self.count, self.null = parts.captions, parts.count, parts.null
-        self.round_sigma = fake.round_sigma
         average = copy.deepcopy(generator)
-        super().__init__(cfg, accelerator, teacher, fake, generator, average, fake.shape, self.pick)
+        super().__init__(cfg, accelerator, teacher, fake, generator, average, fake.shape, self.pick,
+                         fake.sigma_data)  # fmt: skip
 
     def pick(self, rng, n):
         """Which prompts, and which of them the online network is not shown."""
@@ -54,9 +54,6 @@ class TextDistiller(Distiller):
         parts["hidden"] = [cond["hidden"] for cond in parts["cond"]]
         parts["cond"] = [self.captions(cond["prompt"]) for cond in parts["cond"]]
         return parts
-
-    def draw_sigma(self, distribution, rng):
-        return self.round_sigma(super().draw_sigma(distribution, rng))
 
     def fake_cond(self, draw, i):
         cond = draw["cond"][i]
@@ -240,6 +237,9 @@ def main(cfg):
     if not cfg.teacher and not TEXT_PRESETS[cfg.preset]["teacher"]:
         raise UserError(f"preset {cfg.preset} needs --teacher, such as PixArt-alpha/PixArt-XL-2-512x512")
     accelerator = make_accelerator(cfg)
+    if cfg.fake_guidance != 1:
+        words = f"the online network learns {DROPOUT:.0%} of its samples without their caption; B.3 does not"
+        accelerator.print(f"warning: --fake-guidance {cfg.fake_guidance:g}: {words}", file=sys.stderr)
     # A wrong file is told before the folder is made.
     parts = Parts(cfg, cfg.teacher, accelerator.device) if cfg.teacher else None
     run = Run(cfg, accelerator.is_main_process)

@@ -29,10 +29,12 @@ def sigma_of_t():
 class PixArtDenoiser(nn.Module):
     """denoiser(xt, sigma, caption, mask) -> D, like xt, in float32 (float64 if the weights are).
 
-    transformer: diffusers' PixArtTransformer2DModel, whose learned variance is ignored.  Only t is
-    rounded; `round_sigma` rounds sigma itself, which B.3 does when it is drawn.  Networks of 1,024 pixels
-    also take the size of the image and its ratio: those of xt, times the VAE's 8.
+    transformer: diffusers' PixArtTransformer2DModel, whose learned variance is ignored.  Only the t that it
+    is told is rounded (B.3); xt and the formula keep sigma as it was drawn.  Networks of 1,024 pixels also
+    take the size of the image and its ratio: those of xt, times the VAE's 8.
     """
+
+    sigma_data = 1.0  # of the latents: a VAE's scaling factor is chosen so
 
     def __init__(self, transformer):
         super().__init__()
@@ -55,12 +57,8 @@ class PixArtDenoiser(nn.Module):
         return config.in_channels, config.sample_size, config.sample_size
 
     def timestep(self, sigma):
-        """t of the nearest level, by |difference|: (B,) int64."""
+        """t of the nearest of the 1,000 levels, by |difference| (B.3): (B,) int64."""
         return torch.bucketize(sigma.to(self.edges.dtype), self.edges)
-
-    def round_sigma(self, sigma):
-        """The nearest of the 1,000 levels (B.3)."""
-        return self.levels[self.timestep(sigma)].to(sigma.dtype)
 
     def _size(self, x):
         """What the networks of 1,024 pixels take besides."""

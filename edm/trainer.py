@@ -29,7 +29,7 @@ from edm.config import UserError, surrogate
 from edm.runs import stop_on_signal
 
 LOOKS = 50  # rows of the log
-SIGMA_BINS = (0.1, 0.5, 2.0)  # edges of the bins of the log, in data units
+SIGMA_BINS = (0.2, 1.0, 4.0)  # edges of the bins of the log, in units of sigma_data
 
 
 class Diverged(Exception):
@@ -241,16 +241,14 @@ class Distiller:
         self.weight = {"one": 1.0, "edm": self._edm_weight, "sid": sim.sid_weight}[cfg.weighting]
         edm_weight = partial(sim.edm_weight, sigma_data=sigma_data)
         self.fake_weight = {"one": torch.ones_like, "edm": edm_weight}[cfg.fake_weighting]
-        self.edges = torch.tensor(SIGMA_BINS, device=self.device)
-        self.gaps = torch.zeros(2, len(SIGMA_BINS) + 1, device=self.device)  # sums and counts by sigma
+        self.bins = [edge * sigma_data for edge in SIGMA_BINS]
+        self.edges = torch.tensor(self.bins, device=self.device)
+        self.gaps = torch.zeros(2, len(self.bins) + 1, device=self.device)  # sums and counts by sigma
 
     def _edm_weight(self, x0, teacher, sigma, space):
         return sim.edm_weight(sigma, self.sigma_data)
 
     # What text-to-image does otherwise.
-
-    def draw_sigma(self, distribution, rng):
-        return sim.SIGMA_DISTRIBUTIONS[distribution](self.cfg.batch, generator=rng)
 
     def fake_cond(self, draw, i):
         """The cond under which psi learns."""
@@ -261,6 +259,9 @@ class Distiller:
         return network
 
     # Algorithm 2.
+
+    def draw_sigma(self, distribution, rng):
+        return sim.SIGMA_DISTRIBUTIONS[distribution](self.cfg.batch, generator=rng)
 
     def draw(self, *numbers):
         """Latents, conditions, and both updates' noise levels and noise, as lists of micro-batches."""
@@ -353,7 +354,7 @@ class Distiller:
         """Mean ||D_psi - D_q|| per bin of sigma since the last call; NaN where there was none."""
         sums, counts = self.accelerator.reduce(self.gaps).cpu()
         self.gaps.zero_()
-        edges = ("0", *(f"{edge:g}" for edge in SIGMA_BINS), "inf")
+        edges = ("0", *(f"{edge:g}" for edge in self.bins), "inf")
         return {f"gap_{a}_{b}": (s / c).item() for a, b, s, c in zip(edges, edges[1:], sums, counts)}
 
     def state_dict(self):

@@ -80,20 +80,11 @@ def test_levels_span_the_papers_range():
 
 
 @needs_vectors
-@pytest.mark.parametrize("rounded", [False, True])
-def test_denoiser_is_the_originals(rounded):
-    net, (x, sigma, t) = PixArtDenoiser(Toy()), vectors("x", "sigma_clipped", "t")
-    sigma = net.round_sigma(sigma) if rounded else sigma
-    assert torch.equal(net.timestep(sigma), t)
-    (expected,) = vectors("D_rounded" if rounded else "D")
+def test_denoiser_is_the_originals():
+    """Which rounds t alone."""
+    net, (x, sigma, t, expected) = PixArtDenoiser(Toy()), vectors("x", "sigma_clipped", "t", "D")
+    assert torch.equal(net.timestep(sigma), t) and torch.equal(net.timestep(sigma.float()), t)
     assert (net(x, sigma, **nothing(len(x))) - expected).abs().max() < 1e-9
-
-
-@needs_vectors
-def test_rounded_levels_are_the_originals():
-    net, (sigma, expected) = PixArtDenoiser(Toy()), vectors("sigma_clipped", "sigma_rounded")
-    assert (net.round_sigma(sigma) / expected - 1).abs().max() < 1e-10
-    assert torch.equal(net.timestep(sigma.float()), net.timestep(sigma))  # float32 rounds to the same
 
 
 @needs_vectors
@@ -111,16 +102,14 @@ def test_rounding_finds_the_nearest_level(log_sigma, dtype):
     t, levels = net.timestep(sigma).item(), sigma_of_t()
     gaps = (levels - sigma.double()).abs()
     assert gaps[t] <= gaps.min() * (1 + 1e-9)
-    rounded = net.round_sigma(sigma)
-    assert rounded.dtype == dtype and torch.equal(net.round_sigma(rounded), rounded)
-    assert net.timestep(rounded).item() == t
+    assert net.timestep(levels[t : t + 1].to(dtype)).item() == t
 
 
-def test_draws_are_clipped_to_the_range_and_rounded():
+def test_draws_are_clipped_to_the_range():
     draws = sim.SIGMA_DISTRIBUTIONS["pixart"](100_000, generator=torch.Generator().manual_seed(0))
-    rounded = PixArtDenoiser(Toy()).round_sigma(draws)
-    assert len(rounded.unique()) <= 1000 and rounded.min() > 0.01 and rounded.max() < 156.62
-    assert (rounded == rounded.min()).float().mean().item() == pytest.approx(0.117, abs=0.005)  # t = 0
+    assert draws.min().item() == pytest.approx(0.01) and draws.max() <= 156.6155
+    first = PixArtDenoiser(Toy()).timestep(draws) == 0
+    assert first.float().mean().item() == pytest.approx(0.117, abs=0.005)
 
 
 # ----------------------------------------------------------------------------------------------
