@@ -92,7 +92,7 @@ class Parts:
 
     def __init__(self, cfg, pipeline, device):
         self.pipeline = pipeline
-        self.transformer, _ = pixart_files.load_transformer(cfg.transformer or pipeline)
+        self.transformer, _ = pixart_files.load_transformer(cfg.transformer or pipeline, like=pipeline)
         self.vae = pixart_files.load_vae(pipeline).to(device)
         dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
         if cfg.captions:
@@ -189,7 +189,7 @@ def finish(cfg, accelerator, run, task, parts):
     weights = task.ema.state_dict()  # by every process, if sharded
     if not accelerator.is_main_process:
         return accelerator.wait_for_everyone()
-    teacher, _ = pixart_files.load_transformer(cfg.transformer or parts.pipeline)
+    teacher, _ = pixart_files.load_transformer(cfg.transformer or parts.pipeline, like=parts.pipeline)
     student = copy.deepcopy(teacher)
     student.load_state_dict({k.removeprefix("denoiser.transformer."): v for k, v in weights.items()})
     here = Path(parts.pipeline)

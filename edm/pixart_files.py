@@ -14,11 +14,9 @@ import inspect
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import tempfile
-import zipfile
 from pathlib import Path
 
 import safetensors.torch
@@ -27,8 +25,10 @@ import torch
 from edm.checkpoints import naming, read_safetensors, replacing
 from edm.config import UserError
 from edm.pixart import PixArtDenoiser, sigma_of_t
+from edm.pth import read_pth
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+POSITIONS = "pos_embed.pos_embed"  # computed, not learned
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 UNUSED = ("caption_projection.y_embedding",)  # the null caption, which old versions of diffusers kept
 TENSORS_PER_BLOCK = 21
@@ -38,13 +38,14 @@ TENSORS_PER_BLOCK = 21
 # Reading.
 
 
-def load_transformer(source, heads=None):
+def load_transformer(source, heads=None, like=None):
     """-> (PixArtTransformer2DModel on the CPU, eval mode, float32, gradients off; dict of notes).
 
     source: a folder of a diffusers pipeline or of its transformer, the name of a pipeline on the hub, a
     file of `save_student`, or one in PixArt's own naming (.pth or .safetensors), such as the released
-    SIM-DiT.  The latter do not tell the number of attention heads: 16 at width 1,152 (XL), else `heads`.
-    Notes are empty but for our own files.  Raises UserError, in one line that names the source.
+    SIM-DiT.  The latter do not tell the number of attention heads: `heads`, or that of `like`, a pipeline's
+    folder with a transformer as wide, or 16 at width 1,152 (XL).  Notes are empty but for our own files.
+    Raises UserError, in one line that names the source.
     """
     path, about = Path(source), {}
     if not path.is_file():
@@ -60,7 +61,7 @@ def load_transformer(source, heads=None):
         else:
             with naming(path):
                 original = safetensors.torch.load_file(path) if safe else read_pth(path)
-                config, weights = from_original(original, heads)
+                config, weights = from_original(original, heads, like)
     with naming(path):
         return build(config, weights), about
 
@@ -102,21 +103,6 @@ def is_ours(path):
         return "config" in (file.metadata() or {})
 
 
-def read_pth(path):
-    """A file of torch.save -> {name: tensor}; of several networks the moving average."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError:
-        raise UserError("not opened: damaged, or it holds more than tensors, which might be code") from None
-    for key in ("ema", "state_dict_ema", "state_dict"):
-        if isinstance(content, dict) and key in content:
-            content = content[key]
-            break
-    if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
-        raise UserError("holds something else than tensors by name")
-    return content
-
-
 def load_vae(folder):
     """The AutoencoderKL of a pipeline folder, as `load_transformer` returns a transformer."""
     from diffusers import AutoencoderKL
@@ -133,6 +119,7 @@ def load_vae(folder):
 # PixArt's own names.
 
 TOP = {  # PixArt's name -> diffusers'; .weight and .bias alike
+    "pos_embed": POSITIONS,
     "x_embedder.proj": "pos_embed.proj",
     "y_embedder.y_proj.fc1": "caption_projection.linear_1",
     "y_embedder.y_proj.fc2": "caption_projection.linear_2",
@@ -156,17 +143,17 @@ BLOCK = {  # in each block; several names: the rows are split
     "mlp.fc1": "ff.net.0.proj",
     "mlp.fc2": "ff.net.2",
 }
-DROPPED = (  # computed, or replaced, here
-    "pos_embed",  # the table of positions
+DROPPED = (  # replaced, or computed, here
     "y_embedder.y_embedding",  # the null caption; diffusers takes that of ""
     "u",  # the noise levels, in SIM's wrapper
 )
+PREFIX = re.compile(r"(?:(?:module|model|base_model|_orig_mod)\.)*")  # of what a network was wrapped in
 NAME = re.compile(r"(?:blocks\.(?P<block>\d+)\.)?(?P<layer>.+?)(?P<kind>\.weight|\.bias)?")
 
 
-def from_original(weights, heads=None):
+def from_original(weights, heads=None, like=None):
     """PixArt's {name: tensor} -> (config, diffusers' {name: tensor})."""
-    plain = {name.removeprefix("module.").removeprefix("model."): value for name, value in weights.items()}
+    plain = {PREFIX.sub("", name, count=1): value for name, value in weights.items()}
     if len(plain) < len(weights):
         raise UserError("a tensor occurs twice, with and without a prefix")
     converted, unknown = {}, []
@@ -181,18 +168,22 @@ def from_original(weights, heads=None):
             unknown.append(name)
     if unknown:
         raise UserError(f"not in PixArt's naming: unknown {some(unknown)}")
-    return infer_config(plain, heads), converted
+    config = infer_config(plain, heads, like)
+    if config["use_additional_conditions"]:  # it uses no table, but computes one for each size of image
+        converted.pop(POSITIONS, None)
+    return config, converted
 
 
-def infer_config(weights, heads):
+def infer_config(weights, heads=None, like=None):
     """The arguments of PixArtTransformer2DModel, from the shapes under PixArt's names."""
     needed = ("x_embedder.proj.weight", "y_embedder.y_proj.fc1.weight", "final_layer.linear.weight")
     if missing := [name for name in needed if name not in weights]:
         raise UserError(f"not in PixArt's naming: missing {some(missing)}")
     (width, channels, patch, _), (_, caption), (out, _) = (weights[name].shape for name in needed)
-    heads = heads or (16 if width == 1152 else None)
+    heads = heads or heads_of(like, width) or (16 if width == 1152 else None)
     if not heads or width % heads:
-        raise UserError(f"width {width}, not XL's 1,152: the number of heads must be given, got {heads}")
+        words = "the number of heads must be given, or a pipeline with a transformer as wide"
+        raise UserError(f"width {width}, not XL's 1,152: {words}; got {heads}")
     large = "csize_embedder.mlp.0.weight" in weights  # 1,024 pixels
     positions = weights["pos_embed"].shape[1] if "pos_embed" in weights else 32**2
     return dict(
@@ -202,6 +193,17 @@ def infer_config(weights, heads):
         sample_size=128 if large else math.isqrt(positions) * patch,
         interpolation_scale=2 if large else 1, use_additional_conditions=large,
     )  # fmt: skip
+
+
+def heads_of(folder, width):
+    """Attention heads of a pipeline's transformer, if there is one here of this width."""
+    path = Path(folder or "", "transformer", "config.json")
+    if folder is None or not path.exists():
+        return None
+    with naming(path):
+        config = json.loads(path.read_text())
+        heads, size = config["num_attention_heads"], config["attention_head_dim"]
+    return heads if heads * size == width else None
 
 
 # ----------------------------------------------------------------------------------------------
@@ -225,6 +227,7 @@ def build(config, weights):
         raise UserError(f"{len(weights)} tensors are too few for {layers} layers")
     with init_empty_weights():  # but the table of positions is computed
         network = PixArtTransformer2DModel(**config)
+    check_positions(weights.pop(POSITIONS, None), network.pos_embed.pos_embed)
     expected = network.state_dict()
     wrong = [f"missing {some(missing)}"] if (missing := [k for k in expected if k not in weights]) else []
     wrong += [f"unknown {some(unknown)}"] if (unknown := [k for k in weights if k not in expected]) else []
@@ -240,6 +243,18 @@ def build(config, weights):
     copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in weights.items()}
     network.load_state_dict(copies, assign=True)
     return network.eval().requires_grad_(False)
+
+
+def check_positions(table, computed):
+    """A file's table of positions, or None, must be the network's, but for rounding.  Raises UserError."""
+    if table is None:
+        return
+    if table.shape != computed.shape or not table.is_floating_point():
+        found = f"{tuple(table.shape)} {table.dtype}"
+        raise UserError(f"its pos_embed is {found}, the network computes {tuple(computed.shape)}")
+    error = (table.double() - computed.double()).abs().max().item()
+    if not error <= max(1e-5, torch.finfo(table.dtype).eps):  # entries are at most 1
+        raise UserError(f"its pos_embed differs from the one that the network computes by up to {error:.3g}")
 
 
 def some(names):
@@ -265,12 +280,18 @@ def save_student(path, transformer, **about):
         temporary.chmod(mode)  # safetensors would leave it to its owner alone
 
 
-def sigma_init_of(path, about):
-    """sigma_init from the notes of a student.  Raises UserError."""
-    sigma_init = about.get("sigma_init")
-    if type(sigma_init) not in (int, float) or not 0 < sigma_init < math.inf:
-        raise UserError(f"{path}: not a student: its notes have sigma_init={sigma_init!r}")
-    return sigma_init
+def sigma_init_of(path, about, given=None):
+    """sigma_init from the notes of a student, or where they have none, as it is given.  Raises UserError."""
+    noted = about.get("sigma_init")
+    if noted is None and given is not None:
+        return given
+    if type(noted) not in (int, float) or not 0 < noted < math.inf:
+        words = "; it may be a one-step generator of others: then give its --sigma-init (SIM-DiT's is 2.5)"
+        words = f"its notes have sigma_init={noted!r}{words if noted is None else ''}"
+        raise UserError(f"{path}: not a student: {words}")
+    if given not in (None, noted):
+        raise UserError(f"--sigma-init {given}: but {path} was distilled at {noted}")
+    return noted
 
 
 PARTS = ("tokenizer", "text_encoder", "vae")  # of a pipeline, those that a student shares with its teacher
@@ -286,17 +307,22 @@ lower-cases prompts.
 """
 
 
-def export_pipeline(student, teacher, out):
+def export_pipeline(student, teacher, out, sigma_init=None):
     """Write a folder for diffusers' PixArtAlphaPipeline, whose single step is the generator's.
 
-    student: a file of `save_student`.  teacher: a pipeline, as for `load_transformer`; its tokenizer, text
-    encoder and VAE are linked or, across disks, copied.  out: must not exist.  Raises UserError.
+    student: as for `load_transformer`; sigma_init: if it does not note one.  teacher: a pipeline; its
+    tokenizer, text encoder and VAE are linked or, across disks, copied.  out: must not exist.
+    Raises UserError.
     """
+    transformer, about = load_transformer(student, like=teacher)
+    write_pipeline(transformer, sigma_init_of(student, about, sigma_init), teacher, out)
+
+
+def write_pipeline(transformer, sigma_init, teacher, out):
+    """`export_pipeline` of a transformer in memory."""
     out = Path(out)
     if out.exists():
         raise UserError(f"{out}: exists already, and nothing is overwritten")
-    transformer, about = load_transformer(student)
-    sigma_init = sigma_init_of(student, about)
     folder = find_pipeline(teacher, transformer.config.caption_channels)
     with naming(folder / "model_index.json"):
         index = json.loads((folder / "model_index.json").read_text())

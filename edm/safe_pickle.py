@@ -32,10 +32,10 @@ class InertUnpickler(pickle._Unpickler):
         raise UserError("it uses the extension registry, which is not allowed")
 
 
-def load_inert(file, table, **how):
+def load_inert(file, table, kind=InertUnpickler, **how):
     """Unpickle from a binary file.  UserError, without the file's name, whatever is wrong with it."""
     try:
-        return InertUnpickler(file, table, **how).load()
+        return kind(file, table, **how).load()
     except UserError:
         raise
     except Exception as error:  # damaged bytes can raise nearly anything

@@ -4,6 +4,8 @@
     python edm/sample_pixart.py --student generator.safetensors --prompts figure3 --teacher --out both.png
     python edm/sample_pixart.py --student generator.safetensors --prompts prompts.txt --seeds 0 --out samples
     python edm/sample_pixart.py --student generator.safetensors --export one-step-pixart
+    python edm/sample_pixart.py --student SIM-DiT.pth --sigma-init 2.5 \\
+        --pipeline PixArt-alpha/PixArt-XL-2-512x512 --out figure3.png         # a generator of others
 
 --out NAME.png is one picture with a row for each prompt; any other name is a folder of single PNGs,
 0003-000005.png for seed 5 of the fourth prompt, and prompts.jsonl.  --export writes a folder that diffusers'
@@ -35,7 +37,7 @@ from edm.config import UserError, command_line, option
 from edm.data import to_uint8
 from edm.networks import Generator
 from edm.pixart import PixArtDenoiser, decode, without
-from edm.pixart_files import export_pipeline, find_pipeline, load_transformer, load_vae, sigma_init_of
+from edm.pixart_files import find_pipeline, load_transformer, load_vae, sigma_init_of, write_pipeline
 from edm.prompts import TextEncoder, quiet, read_prompts
 from edm.sample import kind_of, parse_seeds
 from edm.sampler import latents
@@ -53,7 +55,8 @@ FIGURE3 = (  # B.6
 
 @dataclass(frozen=True)
 class Settings:
-    student: str = option(None, "generator.safetensors of a distillation", required=True, metavar="FILE")
+    student: str = option(None, "generator.safetensors of a distillation, or a generator of others",
+                          required=True, metavar="FILE")  # fmt: skip
     prompts: str = option(
         "figure3", "one prompt, or a file of them (.txt, .jsonl, .csv), or figure3: the paper's"
     )
@@ -66,7 +69,8 @@ class Settings:
     pipeline: str = option(
         None, "tokenizer, text encoder and VAE (default: the noted teacher's)", metavar="FOLDER"
     )
-    sigma_init: float = option(None, "refuse a student of another sigma_init")
+    sigma_init: float = option(None, "of a student whose file does not name it; another is refused")
+    heads: int = option(None, "attention heads of a file in PixArt's naming (default: the pipeline's, or 16)")
     export: str = option(None, "write a pipeline for diffusers into this new folder", metavar="FOLDER")
     batch: int = option(4, "images at a time")
     device: str = option("auto", "cpu, cuda, or auto: a GPU if there is one", ("auto", "cpu", "cuda"))
@@ -197,9 +201,11 @@ def check(cfg):
     for path in map(Path, filter(None, (cfg.out, cfg.export))):
         if path.exists() and not (str(path) == cfg.out and path.is_dir() and not any(path.iterdir())):
             raise UserError(f"{path}: exists already, and nothing is overwritten; choose another name")
-    for name in ("batch", "steps"):
-        if getattr(cfg, name) < 1:
+    for name in ("batch", "steps", "heads"):
+        if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(cfg, name)}")
+    if cfg.sigma_init is not None and not 0 < cfg.sigma_init < math.inf:
+        raise UserError(f"--sigma-init must be positive, got {cfg.sigma_init}")
     if not 1 <= cfg.guidance < math.inf:
         raise UserError(f"--guidance must be at least 1, got {cfg.guidance}")
     if cfg.device == "cuda" and not torch.cuda.is_available():
@@ -217,13 +223,13 @@ def find_prompts(text):
 
 def make_samplers(cfg, student, about, folder, vae, null):
     """-> {"student": sample} and, if it is wanted, "teacher", with the networks on their device."""
-    sigma_init = sigma_init_of(cfg.student, about)
+    sigma_init = sigma_init_of(cfg.student, about, cfg.sigma_init)
     device, dtype = vae.device, null["caption"].dtype
     denoiser = PixArtDenoiser(student).to(device, dtype)
     samplers = {"student": student_sampler(denoiser, sigma_init)}
     if cfg.teacher is not None:
         source = cfg.teacher or about.get("teacher") or cfg.pipeline
-        teacher, _ = load_transformer(source)
+        teacher, _ = load_transformer(source, cfg.heads, like=folder)
         if PixArtDenoiser(teacher).to(device, dtype).shape != denoiser.shape:
             raise UserError(f"{source}: makes images of another size than {cfg.student}")
         samplers["teacher"] = teacher_sampler(teacher, folder, vae, null, cfg.steps, cfg.guidance)
@@ -268,15 +274,13 @@ def main(cfg):
     """Draw the images, or write the pipeline."""
     check(cfg)
     prompts, seeds = find_prompts(cfg.prompts), parse_seeds(cfg.seeds)
-    student, about = load_transformer(cfg.student)
-    sigma_init = sigma_init_of(cfg.student, about)
-    if cfg.sigma_init not in (None, sigma_init):
-        raise UserError(f"--sigma-init {cfg.sigma_init}: but {cfg.student} was distilled at {sigma_init}")
+    student, about = load_transformer(cfg.student, cfg.heads, like=cfg.pipeline)
+    sigma_init = sigma_init_of(cfg.student, about, cfg.sigma_init)
     if not (source := cfg.pipeline or about.get("teacher")):
         raise UserError(f"{cfg.student}: notes no teacher, so --pipeline must be given")
     folder = find_pipeline(source, student.config.caption_channels)
     if cfg.export:
-        export_pipeline(cfg.student, folder, cfg.export)
+        write_pipeline(student, sigma_init, folder, cfg.export)
         print(f"wrote {cfg.export}")
     if cfg.out:
         draw_all(cfg, student, about, folder, [(prompt, seed) for prompt in prompts for seed in seeds])

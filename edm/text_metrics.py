@@ -21,6 +21,7 @@ from edm.checkpoints import naming
 from edm.config import UserError
 from edm.pixart import PixArtDenoiser
 from edm.prompts import DTYPES, TextEncoder, exists_here, quiet
+from edm.pth import read_pth
 
 LAYERS = (0, 2, 4, 6, 7)  # of the aesthetic head; those between are dropout, for its training
 
@@ -84,7 +85,7 @@ def load_aesthetic(path, width):
     Linear layers, nothing between them.  Raises UserError for a file missing, damaged or of another width.
     """
     with naming(path):
-        weights = pixart_files.read_pth(path)
+        weights = read_pth(path)
         names = [f"layers.{i}.{kind}" for i in LAYERS for kind in ("weight", "bias")]
         if wrong := sorted(weights.keys() ^ set(names)):
             raise UserError(f"not an aesthetic head: missing or unknown {pixart_files.some(wrong)}")
@@ -100,7 +101,7 @@ def load_aesthetic(path, width):
 
 def drawn(cfg, prompts, state):
     """The batches of sample_pixart.draw: prompt i from seed i, of which this process has its share."""
-    student, about = pixart_files.load_transformer(cfg.student)
+    student, about = pixart_files.load_transformer(cfg.student, like=cfg.teacher or None)
     if not (source := cfg.teacher or about.get("teacher")):
         raise UserError(f"{cfg.student}: notes no teacher, so --teacher must be given")
     folder = pixart_files.find_pipeline(source, student.config.caption_channels)
@@ -119,7 +120,8 @@ def compare(cfg, state):
     """Filled settings of evaluate.py, with prompts -> {"student": numbers, "teacher": numbers}."""
     quiet()
     same = {k: getattr(cfg, k) for k in "student prompts steps guidance batch precision out".split()}
-    drawing = sample_pixart.Settings(teacher=cfg.teacher or "", **same)
+    sigma_init = getattr(cfg, "sigma_init", None)
+    drawing = sample_pixart.Settings(teacher=cfg.teacher or "", sigma_init=sigma_init, **same)
     sample_pixart.check(drawing)
     prompts = sample_pixart.find_prompts(cfg.prompts)[: cfg.samples]
     if len(prompts) < 2:

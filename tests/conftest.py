@@ -11,7 +11,8 @@ IMAGE_TESTS = [
     f"test_{name}.py"
     for name in (
         *("checkpoints", "data", "distill", "evaluate", "networks", "preference_study", "sample"),
-        *("pixart", "pixart_files", "prompts", "sample_pixart", "distill_pixart", "text_metrics"),
+        *("pixart", "pixart_files", "prompts", "pth", "released_text", "sample_pixart", "distill_pixart"),
+        "text_metrics",
     )
 ]
 collect_ignore = [] if all(map(find_spec, NEEDED)) else IMAGE_TESTS

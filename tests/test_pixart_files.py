@@ -314,7 +314,7 @@ BROKEN = {  # {name: tensor} changed -> words, in PixArt's naming
     "not finite": (lambda w: w["t_block.1.bias"][3:].fill_(torch.nan), ["values that are not finite"]),
     "twice": (lambda w: w.update({"module.t_block.1.bias": w["t_block.1.bias"]}), ["a tensor occurs twice"]),
     "no input": (lambda w: w.pop("x_embedder.proj.weight"), ["missing tensor x_embedder.proj.weight"]),
-    "not a tensor": (lambda w: w.update({"lr": 0.1}), ["something else than tensors"]),
+    "no tensors": (lambda w: [w.pop(k) for k in list(w)], ["holds no tensors by name"]),
 }  # fmt: skip
 
 
@@ -325,6 +325,38 @@ def test_original_is_converted_strictly(tmp_path, case):
     change(weights)
     torch.save({"state_dict": weights}, tmp_path / "o.pth")
     refused(tmp_path / "o.pth", *words, heads=2)
+
+
+ERRORS = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 0.02}  # just beyond rounding
+
+
+@pytest.mark.parametrize("dtype", ERRORS, ids=str)
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "pth"])
+def test_a_table_of_positions_must_be_the_networks_but_for_rounding(tmp_path, dtype, safe):
+    weights = {name: tensor.to(dtype).contiguous() for name, tensor in original_by_hand(tiny()).items()}
+    save, path = safetensors.torch.save_file if safe else torch.save, tmp_path / "o"
+    save(weights, path)
+    load_transformer(path, heads=2)
+    for error in (ERRORS[dtype], 0.5, torch.nan):
+        weights["pos_embed"] = weights["pos_embed"].clone()
+        weights["pos_embed"][0, 5, 7] += error
+        save(weights, path)
+        refused(path, "its pos_embed differs from the one that the network computes by up to ", heads=2)
+
+
+def test_a_table_of_another_grid(tmp_path):
+    weights = original_by_hand(tiny())
+    torch.save(weights | {"pos_embed": weights["pos_embed"][:, :15]}, tmp_path / "o")
+    words = "its pos_embed is (1, 15, 24) torch.float32, the network computes (1, 9, 24)"
+    refused(tmp_path / "o", words, heads=2)
+
+
+def test_heads_of_a_pipeline_as_wide(tmp_path, pipeline):
+    torch.save(original_by_hand(tiny()), tmp_path / "o.pth")
+    assert_same(load_transformer(tmp_path / "o.pth", like=pipeline)[0], tiny())
+    assert load_transformer(tmp_path / "o.pth", like=str(pipeline))[0].config.num_attention_heads == 2
+    tiny(cross_attention_dim=48, attention_head_dim=24).save_pretrained(tmp_path / "wide" / "transformer")
+    refused(tmp_path / "o.pth", "the number of heads must be given", like=tmp_path / "wide")
 
 
 def test_original_of_unknown_heads(tmp_path):

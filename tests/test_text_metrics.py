@@ -163,10 +163,10 @@ class Code:
 
 HEADS = {
     "missing": (None, "No such file"),
-    "text": (b"no head", "damaged"),
-    "cut": (lambda content: content[: len(content) // 2], "damaged"),
+    "text": (b"no head", "not a readable pickle"),
+    "cut": (lambda content: content[: len(content) // 2], "not a readable pickle"),
     "code": ({"layers.0.weight": Code()}, "might be code"),
-    "list": ([1.0], "something else than tensors"),
+    "list": ([1.0], "holds no tensors by name"),
     "one layer too many": (head() | {"layers.8.bias": torch.zeros(1)}, r"unknown tensor layers\.8\.bias"),
     "one too few": ({k: v for k, v in head().items() if k != "layers.6.bias"}, r"tensor layers\.6\.bias"),
     "another width": (head(768), "768 wide, but the CLIP's are 16 wide"),
