@@ -1,13 +1,18 @@
 """Text to image from files as others release them: SIM-DiT's layout by its own numbers, PixArt's width."""
 
+import json
+import os
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import PixArtAlphaPipeline
+from diffusers import AutoencoderKL, PixArtAlphaPipeline, PixArtTransformer2DModel
 from PIL import Image
-from test_pixart_files import make_pipeline
+from test_pixart_files import make_pipeline, random_
 
 from edm import sample_pixart
 from edm.config import command_line
@@ -18,7 +23,8 @@ from edm.pixart_files import load_transformer, load_vae, save_student
 from edm.prompts import TextEncoder
 from edm.sampler import latents
 
-REFERENCE = Path(__file__).parents[2] / "shared/reference/pixart"
+ROOT = Path(__file__).parents[1]
+REFERENCE = ROOT.parent / "shared/reference/pixart"
 needs_files = pytest.mark.skipif(
     not (REFERENCE / "sim_dit_tiny.npz").exists(), reason=f"SIM-DiT's layout is not at {REFERENCE}"
 )
@@ -110,3 +116,60 @@ def test_a_noted_sigma_init_is_not_contradicted(teacher, tmp_path, monkeypatch, 
     assert run("--student", "s.safetensors", "--sigma-init", "2.0", "--out", "new") == 2
     assert "--sigma-init 2.0: but s.safetensors was distilled at 2.5\n" in capsys.readouterr().err
     assert run("--student", "s.safetensors", "--sigma-init", "2.5", "--out", "new.png", "--prompts", "a") == 0
+
+
+# ----------------------------------------------------------------------------------------------
+# PixArt-XL/2 at 512 pixels: its width, its latents and its captions, but 2 of its 28 layers.
+
+
+def make_wide_pipeline(folder):
+    config = json.loads((REFERENCE / "pixart_xl2_512_config.json").read_text())["transformer"]
+    make_pipeline(folder, width=4096)
+    transformer = random_(PixArtTransformer2DModel(**config | dict(num_layers=2)), std=0.02)
+    transformer.save_pretrained(folder / "transformer")
+    vae = AutoencoderKL(block_out_channels=(8,) * 4, norm_num_groups=4, latent_channels=4, sample_size=512,
+                        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+                        scaling_factor=0.18215)  # fmt: skip
+    random_(vae, std=0.1).save_pretrained(folder / "vae")
+    return transformer
+
+
+def command(script, *words):
+    """Its output, and the largest memory of all commands so far, in GB."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    words = [sys.executable, ROOT / "edm" / script, *" ".join(words).split()]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
+
+
+@pytest.mark.slow
+@needs_files
+def test_the_whole_path_at_full_width(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    teacher = make_wide_pipeline(tmp_path / "pipeline")
+    Path("captions.jsonl").write_text('{"text": "a red fox"}\n{"text": "%s"}\n' % ("a boat " * 200))
+    command("prompts.py", "encode captions.jsonl captions.safetensors --text-encoder pipeline")
+    out, memory = command(
+        "distill_pixart.py",
+        "--preset pixart-512 --teacher pipeline --prompts captions.jsonl --captions captions.safetensors",
+        "--steps 1 --batch 1 --micro-batch 1 --device cpu --threads 1 --out run",
+    )
+    assert "finished after 1 steps" in out and memory < 8
+    student, about = load_transformer("run/generator.safetensors")
+    assert about["sigma_init"] == 2.5 and student.config.sample_size == 64
+    moves = torch.cat([(a - b).flatten() for a, b in zip(student.parameters(), teacher.parameters())]).abs()
+    assert moves.max() < 5.1e-6 and (moves > 4e-6).float().mean() > 0.9  # the first step of Adam is lr
+
+    words = "--student run/generator.safetensors --prompts captions.jsonl --seeds 5 --batch 1 --device cpu"
+    out, memory = command("sample_pixart.py", words, "--out images --export one-step")
+    assert "wrote one-step" in out and "wrote 2 images" in out and memory < 8
+    found = np.asarray(Image.open("images/0000-000005.png"))
+    assert found.shape == (512, 512, 3) and found.std() > 5
+    pipe = PixArtAlphaPipeline.from_pretrained("one-step")
+    pipe.set_progress_bar_config(disable=True)
+    z, _ = latents([5], (4, 64, 64))
+    how = dict(num_inference_steps=1, guidance_scale=1.0, output_type="np")
+    image = pipe("a red fox", latents=z, **how).images[0]
+    gap = np.abs((image * 255).round() - found)
+    assert gap.max() <= 1 and (gap > 0).mean() < 0.01
