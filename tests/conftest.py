@@ -20,7 +20,15 @@ IMAGE_TESTS = [
             "sample",
             "steps_images",
         ),
-        *("pixart", "pixart_files", "prompts", "sample_pixart", "distill_pixart", "text_metrics"),
+        *(
+            "pixart",
+            "pixart_files",
+            "prompts",
+            "sample_pixart",
+            "distill_pixart",
+            "text_metrics",
+            "steps_images",
+        ),
     )
 ]
 collect_ignore = [] if all(map(find_spec, NEEDED)) else IMAGE_TESTS
