@@ -30,10 +30,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import sim_core as sim
-from edm.config import PRESETS, Distillation, UserError, command_line, option
+from edm.config import DEVICE, PRESETS, Distillation, UserError, command_line, option
+from edm.device import peak_memory, synchronise
 from edm.distill import DISTILLATIONS, build
 from edm.networks import EDMPrecond, Generator
-from edm.trainer import make_accelerator, peak_memory
+from edm.trainer import make_accelerator
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Settings:
     rounds: int = option(2, "processes of each variant, in turns")
     compile: bool = option(False, "also torch.compile: minutes more")
     threads: int = option(0, "CPU threads; 0: torch's choice")
-    device: str = option("auto", "cpu, cuda, or auto", ("auto", "cpu", "cuda"))
+    device: str = option(*DEVICE)
     variant: str = option(None, "run this one alone and print JSON", ("plain", "float32", "bf16", "compiled"))
     gradients: str = option(None, "with --variant, but not plain: file for the first step's gradients")
 
@@ -108,11 +109,6 @@ class Plain:
         optimiser.step()
 
 
-def synchronise(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def record_gradients(task, path):
     """Save the next gradients of psi and theta to a file, in place of their norms."""
     kept = []
@@ -159,7 +155,7 @@ def flops_per_step(cfg):
 
 def matmul_rate(device, size=4096, tries=10):
     """bf16 operations per second of a large square product, the best of several."""
-    size = size if device.type == "cuda" else 1536
+    size = 1536 if device.type == "cpu" else size
     a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
     best = float("inf")
     for _ in range(tries + 2):

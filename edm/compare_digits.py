@@ -29,7 +29,6 @@ from tqdm import tqdm
 from edm import checkpoints, distill, evaluate, plots, train_teacher
 from edm.config import Distillation, Parser, TeacherTraining, UserError, check, fitting, settings
 from edm.data import load_images
-from edm.metrics import Reference, data_floor, features_of
 from edm.runs import Run, versions, write_json
 from edm.sampler import fixed_latents, heun
 from edm.study_report import SCORES, figure_of, final, table
@@ -101,24 +100,22 @@ def read_scores(cfg):
         record = json.loads(path.read_text()) if path.exists() else None
     except ValueError:
         raise UserError(f"{path} is damaged; remove {cfg.out}, and its run will be repeated") from None
-    if record and record["settings"] != json.loads(json.dumps(settings(cfg))):
+    if record and any(record["settings"].get(k) != v for k, v in recorded(cfg).items()):
         raise UserError(f"{cfg.out} holds a run of other settings; choose another --out")
     return record if record and record["status"] != "training" else None
 
 
-class Judge:
+def make_judge(study, samples):
     """Scores of a network's samples against the digits."""
+    kept = dict(classifier=str(study / "classifier.safetensors"), samples=samples)
+    cfg = evaluate.filled(evaluate.Settings(data="digits", **kept))
+    return evaluate.Judge(cfg, load_images("digits"), PartialState())
 
-    def __init__(self, study, samples):
-        data, self.state = load_images("digits"), PartialState()
-        kept = dict(classifier=str(study / "classifier.safetensors"), samples=samples)
-        self.cfg = evaluate.filled(evaluate.Settings(data="digits", **kept))
-        self.net = evaluate.feature_network(self.cfg, data, self.state)
-        self.features, _ = features_of(self.net, data.images.split(self.cfg.batch))
-        self.reference = Reference(self.features)
 
-    def __call__(self, name, network, about):
-        return evaluate.evaluate(self.cfg, name, network, about, self.net, self.reference, self.state)
+def recorded(cfg):
+    """What decides a run's scores, ready for JSON."""
+    samples = {"samples": cfg.samples} if isinstance(cfg, Distillation) else {}
+    return json.loads(json.dumps(settings(cfg) | samples))
 
 
 def judged_teacher(cfg, samples):
@@ -127,12 +124,12 @@ def judged_teacher(cfg, samples):
         raise UserError(f"the teacher in {cfg.out} failed")
     path = Path(cfg.out) / "teacher.safetensors"
     if path.exists():  # else a signal came
-        judge, (network, about) = Judge(Path(cfg.out).parent, samples), checkpoints.load(path)
+        judge, (network, about) = make_judge(Path(cfg.out).parent, samples), checkpoints.load(path)
         scores = {cfg.steps: judge("teacher", network, about)}
         z, cond = fixed_latents(network, "cpu", rows=1)
         plots.save_grid(Path(cfg.out) / "ten.png", heun(network, z, **cond))
-        record = {"settings": settings(cfg), "status": "finished", "scores": scores}
-        write_json(scores_path(cfg), record | {"floor_fd": data_floor(judge.features)["fd"]})
+        record = {"settings": recorded(cfg), "status": "finished", "scores": scores}
+        write_json(scores_path(cfg), record | {"floor_fd": judge.floor()["fd"]})
 
 
 def judged_student(cfg):
@@ -141,8 +138,8 @@ def judged_student(cfg):
     run = Run(cfg)
     task = distill.build(cfg, accelerator, distill.load_teacher(cfg.teacher, cfg.preset))
     pictures = plots.Pictures(run, task, *fixed_latents(task.teacher, task.device, rows=1))
-    judge = Judge(Path(cfg.out).parents[1], cfg.samples)
-    path, record = scores_path(cfg), {"settings": settings(cfg), "status": "training", "scores": {}}
+    judge = make_judge(Path(cfg.out).parents[1], cfg.samples)
+    path, record = scores_path(cfg), {"settings": recorded(cfg), "status": "training", "scores": {}}
     if path.exists():
         record = json.loads(path.read_text())
 

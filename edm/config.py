@@ -89,6 +89,8 @@ TEXT_TEACHERS = {"pixart-digits": TEXT_PRESETS["pixart-digits"]["teacher"]}
 # ----------------------------------------------------------------------------------------------
 # Settings.
 
+DEVICE = "auto", "cpu, cuda, mps, or auto: a GPU if there is one", ("auto", "cpu", "cuda", "mps")
+LEAST_IMAGES = 5  # of an evaluation: an image, its three neighbours, and one that is none of them
 DATA = "'digits', or a folder or zip of images (default: by preset)"
 
 
@@ -112,7 +114,7 @@ class Training:
     ema_halflife: int = option(4000, "half-life of the moving average of the weights, in images")
     ema_rampup: float = option(0.05, "the half-life is at most this share of the images so far")
     # the machine
-    device: str = option("auto", "cpu, cuda, or auto: a GPU if there is one", ("auto", "cpu", "cuda"))
+    device: str = option(*DEVICE)
     precision: str = option("no", "what the networks compute in; weights and losses stay float32 (no)",
                             ("no", "bf16", "fp16"))  # fmt: skip
     compile: bool = option(False, "torch.compile the networks; eager, with a message, where it cannot")
@@ -168,6 +170,8 @@ class Distillation(Algorithm2):
     teacher: str = option(None, "FILE.pkl of NVlabs or FILE.safetensors of ours; without one, it is trained")
     data: str = option(None, DATA)
     samples: int = option(10_000, "samples behind metrics.json, where there are data to compare with")
+    evaluate_every: int = option(0, "images between two Frechet distances of the average to --data, of which "
+                                 "the best is kept: a choice on the test data; 0: never")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -187,13 +191,15 @@ class TextDistillation(Algorithm2):
     samples: int = option(1000, "samples of metrics.json, where a classifier can read them")
 
 
-# These decide no result.
+# These decide no result; and these nothing of what a distillation trains, which sees no data.
 MACHINE = "out resume device compile sharding threads keep micro_batch checkpointing".split()
+EVALUATION = "data samples evaluate_every".split()
 
 
 def settings(cfg):
-    """What decides the numbers of a run, ready for JSON."""
-    return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in MACHINE}
+    """What decides the networks that a run trains, ready for JSON."""
+    others = MACHINE + (EVALUATION if isinstance(cfg, Algorithm2) else [])
+    return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in others}
 
 
 def surrogate(cfg):
@@ -208,8 +214,9 @@ def surrogate(cfg):
 
 
 RULES = (  # names, test, words
-    ("steps batch fake_updates keep samples every ema_halflife vae_steps", lambda v: v >= 1, "at least 1"),
-    ("seed micro_batch lr_rampup threads warmup", lambda v: v >= 0, "0 or more"),
+    ("steps batch fake_updates keep every ema_halflife vae_steps", lambda v: v >= 1, "at least 1"),
+    ("samples", lambda v: v >= LEAST_IMAGES, f"at least {LEAST_IMAGES}"),
+    ("seed micro_batch lr_rampup threads warmup evaluate_every", lambda v: v >= 0, "0 or more"),
     ("lr fake_lr sigma_init guidance fake_guidance", lambda v: 0 < v < math.inf, "positive"),
     ("lr_end", lambda v: 0 <= v <= 1, "in [0, 1]"),
     ("beta1 beta2", lambda v: 0 <= v < 1, "in [0, 1)"),

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from edm.config import UserError
+from edm.config import LEAST_IMAGES, UserError
 from edm.safe_pickle import load_inert
 
 # Far above any data set meant here, far below what a gzip or zip bomb announces.
@@ -68,6 +68,25 @@ def load_images(source, train=True, resolution=None):
     if resolution is not None and images.shape[-1] != resolution:
         raise UserError(f"{source}: its images are of resolution {images.shape[-1]}, not {resolution}")
     return Images(images, labels, str(source))
+
+
+def load_fitting(source, shape, label_dim=0, judge=False, labelled=True):
+    """`load_images`, refused at once where it does not fit what will be done with it.
+
+    shape: (C, H, W) of the network.  label_dim: classes that it learns from the data; 0: none.
+    judge: samples will be compared with the data, which takes a few images and, unless not labelled, the
+    labels for a classifier.  Raises UserError.
+    """
+    data = load_images(source, resolution=shape[-1])
+    if len(data.images[0]) != shape[0]:
+        raise UserError(f"{source}: its images have {len(data.images[0])} channels, not {shape[0]}")
+    if label_dim and not 0 < data.num_classes <= label_dim:
+        raise UserError(f"{source}: {data.num_classes} classes, but the network takes {label_dim}")
+    if judge and len(data) < LEAST_IMAGES:
+        raise UserError(f"{source}: {len(data)} images, but an evaluation needs at least {LEAST_IMAGES}")
+    if judge and labelled and data.labels is None:
+        raise UserError(f"{source}: has no labels, which the classifier of an evaluation needs")
+    return data
 
 
 @contextmanager

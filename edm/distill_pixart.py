@@ -19,11 +19,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
-import psutil
 import torch
 
 from edm import pixart_digits, pixart_files, plots
 from edm.config import TEXT_PRESETS, TextDistillation, TextTeacherTraining, UserError, check, command_line
+from edm.device import total_memory
 from edm.networks import Generator
 from edm.pixart import Guided, PixArtDenoiser, decode, without
 from edm.prompts import MAX_TOKENS, CaptionFile, TextEncoder, encode_by_index, quiet, read_prompts
@@ -81,6 +81,18 @@ def train_teacher(cfg, accelerator):
             sys.exit(code)
         accelerator.wait_for_everyone()
     return str(out / "pipeline") if (out / "pipeline").exists() else sys.exit(0)  # stopped by a signal
+
+
+def check_files(cfg):
+    """Read what a run without --teacher would come to only after its training.  Raises UserError."""
+    if cfg.teacher:
+        return  # `Parts` does, at once
+    if cfg.prompts:
+        read_prompts(cfg.prompts)
+    if cfg.captions:
+        CaptionFile(cfg.captions, "cpu")
+    if cfg.transformer:
+        pixart_files.load_transformer(cfg.transformer)
 
 
 class Parts:
@@ -163,13 +175,20 @@ def tell_memory(plan, device, say):
         say(f"  {size / 1e9:7.2f} GB  {what}")
     fits = ", ".join(f"{'fits' if total < 0.95e9 * size else 'too much for'} {size} GB" for size in (40, 80))
     say(f"  {total / 1e9:7.2f} GB  on each device: {fits}")
-    cuda = device.type == "cuda"
-    there = torch.cuda.mem_get_info(device)[1] if cuda else psutil.virtual_memory().total
-    if total > there:
+    if total > (there := total_memory(device)):
         raise UserError(
             f"needs about {total / 1e9:.3g} GB on each device, which has {there / 1e9:.3g} GB: "
             "lower --micro-batch, or try --checkpointing, --sharding fsdp, --captions"
         )
+
+
+def gather(cfg, accelerator, pipeline):
+    """The Parts, if there is the memory for all that they become."""
+    parts = Parts(cfg, pipeline, accelerator.device)
+    accelerator.print(f"{parts.count:,} prompts; memory:")
+    plan = memory_plan(cfg, parts.transformer, parts.frozen_bytes(), accelerator.num_processes)
+    tell_memory(plan, accelerator.device, accelerator.print)
+    return parts
 
 
 # ----------------------------------------------------------------------------------------------
@@ -207,7 +226,7 @@ def finish(cfg, accelerator, run, task, parts):
         if cfg.guidance != 1:
             denoiser = Guided(denoiser, parts.null, cfg.guidance)
         networks = generator, denoiser, task.shape, parts.vae, parts.source
-        metrics |= pixart_digits.compare(*networks, cfg.samples)
+        metrics |= pixart_digits.compare(*networks, cfg.samples, run.path / "classifier.safetensors")
     write_json(run.path / "metrics.json", metrics | {"versions": versions()})
     print(summary(metrics, cfg.out))
     accelerator.wait_for_everyone()
@@ -240,13 +259,11 @@ def main(cfg):
     if cfg.fake_guidance != 1:
         words = f"the online network learns {DROPOUT:.0%} of its samples without their caption; B.3 does not"
         accelerator.print(f"warning: --fake-guidance {cfg.fake_guidance:g}: {words}", file=sys.stderr)
-    # A wrong file is told before the folder is made.
-    parts = Parts(cfg, cfg.teacher, accelerator.device) if cfg.teacher else None
+    # What is wrong with a file, or too big, is told before the folder is made.
+    check_files(cfg)
+    parts = gather(cfg, accelerator, cfg.teacher) if cfg.teacher else None
     run = Run(cfg, accelerator.is_main_process)
-    parts = parts or Parts(cfg, train_teacher(cfg, accelerator), accelerator.device)
-    accelerator.print(f"{parts.count:,} prompts; memory:")
-    plan = memory_plan(cfg, parts.transformer, parts.frozen_bytes(), accelerator.num_processes)
-    tell_memory(plan, accelerator.device, accelerator.print)
+    parts = parts or gather(cfg, accelerator, train_teacher(cfg, accelerator))
     task = build(cfg, accelerator, parts)
     pictures = make_pictures(run, task, parts.vae)
     try:

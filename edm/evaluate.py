@@ -27,8 +27,9 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from edm import checkpoints, text_metrics
-from edm.config import UserError, command_line, option
-from edm.data import load_images
+from edm.config import DEVICE, LEAST_IMAGES, UserError, command_line, option
+from edm.data import load_fitting
+from edm.device import find_device
 from edm.metrics import (
     Inception,
     Reference,
@@ -50,7 +51,7 @@ class Settings:
     inception: str = option(None, "inception-2015-12-05.pt, for FID", metavar="FILE")
     reference: str = option(None, ".npz with mu and sigma to compute FID to", metavar="FILE")
     classifier: str = option(
-        None, "the classifier, kept (default out/edm/classifier-DATA.safetensors)", metavar="FILE"
+        None, "the classifier, kept (default classifier-DATA.safetensors beside --out)", metavar="FILE"
     )
     prompts: str = option(None, "for text to image, instead of --data: a file of prompts, or figure3")
     clip: str = option(None, "for --prompts: a CLIP, folder or hub name", metavar="FOLDER")
@@ -63,13 +64,14 @@ class Settings:
     steps: int = option(None, "the teacher's Heun steps: 2 * steps - 1 evaluations (default 18); with "
                         "--prompts its sampler's (default 20)")  # fmt: skip
     batch: int = option(None, "images at a time (default 256, with --prompts 4)")
+    device: str = option(*DEVICE)
     out: str = option("metrics.json", "file for the numbers")
 
 
 # For images, and for prompts: what only they take, defaults, least values.
 ONLY = ("data", "inception", "reference", "classifier"), ("clip", "aesthetic", "guidance", "precision")
 DEFAULTS = dict(samples=50_000, steps=18, batch=256), dict(steps=20, batch=4, guidance=4.5, precision="fp32")
-LEAST = dict(samples=5, steps=2, batch=1), dict(samples=2)
+LEAST = dict(samples=LEAST_IMAGES, steps=2, batch=1), dict(samples=2)
 
 
 def filled(cfg):
@@ -95,6 +97,7 @@ def check(cfg):
         raise UserError(f"{Path(cfg.out).parent}: no such folder, for --out")
     if cfg.reference and not cfg.inception:
         raise UserError("--reference holds statistics of Inception features: it needs --inception")
+    find_device(cfg.device)
 
 
 def load_networks(cfg):
@@ -113,19 +116,10 @@ def load_networks(cfg):
     return {"student": (student, about), "teacher": (teacher, teacher_about)}
 
 
-def load_data(cfg, network):
-    data = load_images(cfg.data, resolution=network.img_resolution)
-    channels = data.images.shape[1]
-    if channels != network.img_channels:
-        wanted = f"but {cfg.student} makes {network.img_channels}"
-        raise UserError(f"{cfg.data}: its images have {channels} channels, {wanted}")
-    return data
-
-
 def feature_network(cfg, data, state):
     if cfg.inception:
         return Inception(cfg.inception).to(state.device)
-    default = f"out/edm/classifier-{Path(cfg.data).stem}.safetensors"
+    default = Path(cfg.out).with_name(f"classifier-{Path(cfg.data).stem}.safetensors")
     with state.main_process_first():  # which trains; the others read its file
         return classifier_features(data, cfg.classifier or default).to(state.device)
 
@@ -142,19 +136,38 @@ def timed(batches, clock):
         yield batch[1]
 
 
-def evaluate(cfg, name, network, about, net, reference, state):
-    """One sampler's row of the table, from images of which each process makes its share."""
-    network.to(state.device)
-    sample, evaluations = make_sampler(network, about, cfg.steps)
-    seeds = range(cfg.samples)[state.process_index :: state.num_processes]
-    batches = sample_batches(sample, network, seeds, cfg.batch, device=state.device)
-    bar = tqdm(batches, name, -(-len(seeds) // cfg.batch), disable=not state.is_main_process, leave=False)
-    clock = [0.0]
-    row = evaluate_samples(net, reference, timed(bar, clock))
-    if row["images"] != cfg.samples:
-        raise UserError(f"asked for {cfg.samples} images of the {name}, got {row['images']}")
-    speed = {"seconds": clock[0], "images_per_second": cfg.samples / clock[0]}
-    return {"evaluations": evaluations} | row | speed
+class Judge:
+    """Rows of the table: each is a sampler's, against data whose own features are computed once.
+
+    cfg: filled settings.  data: an edm.data.Images.  state: accelerate's, of processes that share the work.
+    """
+
+    def __init__(self, cfg, data, state):
+        self.cfg, self.state, self.net = cfg, state, feature_network(cfg, data, state)
+        statistics = load_statistics(cfg.reference, self.net.num_features) if cfg.reference else None
+        mine = data.images[state.process_index :: state.num_processes]
+        features, self.probabilities = features_of(self.net, mine.split(cfg.batch))
+        self.reference = Reference(features, statistics)
+
+    def __call__(self, name, network, about):
+        """One sampler's row, from images of which each process makes its share."""
+        cfg, state = self.cfg, self.state
+        network.to(state.device)
+        sample, evaluations = make_sampler(network, about, cfg.steps)
+        seeds = range(cfg.samples)[state.process_index :: state.num_processes]
+        batches = sample_batches(sample, network, seeds, cfg.batch, device=state.device)
+        bar = tqdm(batches, name, -(-len(seeds) // cfg.batch), disable=not state.is_main_process, leave=False)
+        clock = [0.0]
+        row = evaluate_samples(self.net, self.reference, timed(bar, clock))
+        if row["images"] != cfg.samples:
+            raise UserError(f"asked for {cfg.samples} images of the {name}, got {row['images']}")
+        speed = {"seconds": clock[0], "images_per_second": cfg.samples / clock[0]}
+        return {"evaluations": evaluations} | row | speed
+
+    def floor(self):
+        """The data's own row."""
+        score = inception_score(self.probabilities)
+        return data_floor(self.reference.features) | {"inception_score": score}
 
 
 def text_table(result):
@@ -185,7 +198,7 @@ def table(result):
 def compare(cfg):
     """Student and teacher, and data floor: what main prints and writes, as a dictionary."""
     cfg = filled(cfg)
-    state = PartialState(cpu=not torch.cuda.is_available())  # else torchrun on CPUs goes unnoticed
+    state = PartialState(cpu=find_device(cfg.device) == "cpu")  # else torchrun on CPUs goes unnoticed
     rows = (compare_data if cfg.prompts is None else text_metrics.compare)(cfg, state)
     about = {"torch": torch.__version__, "device": str(state.device), "processes": state.num_processes}
     return rows | {"settings": dataclasses.asdict(cfg), "run": about}
@@ -194,15 +207,10 @@ def compare(cfg):
 def compare_data(cfg, state):
     """-> {"student": numbers, "teacher": numbers, "data_floor": numbers}."""
     networks = load_networks(cfg)
-    data = load_data(cfg, networks["student"][0])
-    net = feature_network(cfg, data, state)
-    statistics = load_statistics(cfg.reference, net.num_features) if cfg.reference else None
-    mine = data.images[state.process_index :: state.num_processes]
-    features, probabilities = features_of(net, mine.split(cfg.batch))
-    reference = Reference(features, statistics)
-    floor = data_floor(features) | {"inception_score": inception_score(probabilities)}
-    rows = {name: evaluate(cfg, name, *networks[name], net, reference, state) for name in networks}
-    return rows | {"data_floor": floor}
+    shape = networks["student"][0].shape
+    judge = Judge(cfg, load_fitting(cfg.data, shape, judge=True, labelled=not cfg.inception), state)
+    rows = {name: judge(name, *networks[name]) for name in networks}
+    return rows | {"data_floor": judge.floor()}
 
 
 def main(cfg):

@@ -30,8 +30,10 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 
 from edm.checkpoints import naming, replacing
-from edm.config import UserError
+from edm.config import LEAST_IMAGES, UserError
 from edm.data import to_network
+from edm.device import exact
+from edm.runs import check_writable
 
 # ----------------------------------------------------------------------------------------------
 # Feature networks.
@@ -102,11 +104,13 @@ def shifted(images, pixels, rng):
 
 
 def train_classifier(images, seed=0, batch_size=64, lr=4e-3):
-    """edm.data.Images with labels -> (SmallClassifier, its accuracy on a tenth it never saw).
+    """edm.data.Images with labels, two at least -> (SmallClassifier, its accuracy on a tenth it never saw).
 
     Some seconds for the digits, a minute or two for Fashion-MNIST.  Always on the CPU: there the
     same seed gives the same bits, on one machine and number of threads.
     """
+    if len(images) < 2:
+        raise UserError(f"{images.name}: a classifier needs at least 2 images, to learn from and to test")
     rng = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -165,6 +169,7 @@ def classifier_features(images, cache):
             return net.eval().requires_grad_(False)
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             print(f"{cache}: {str(error)[:100]}; training the classifier again", file=sys.stderr)
+    check_writable(cache)  # before the work, not after
     net, accuracy = train_classifier(images)
     print(f"trained a classifier of {images.name}: {accuracy:.1%} right on a held-out tenth", file=sys.stderr)
     state = dict(sorted(net.state_dict().items()))
@@ -193,16 +198,19 @@ def frechet_distance(features, reference):
     """|m - m'|^2 + tr(S + S' - 2 (S S')^(1/2)), between Gaussians fitted with covariances over N - 1.
 
     features: (N, F).  reference: features (M, F), or statistics (mean (F,), covariance (F, F)).
-    In float64.  Nothing is added to the diagonal.
+    In float64.  Nothing is added to the diagonal.  Raises UserError for less than two features.
     """
-    metric = FrechetInceptionDistance(Given(features.shape[1]), sync_on_compute=False).to(features.device)
+    given, device = isinstance(reference, torch.Tensor), exact(features[:0]).device
+    if len(features) < 2 or (given and len(reference) < 2):
+        raise UserError("a Frechet distance needs at least 2 images on either side")
+    metric = FrechetInceptionDistance(Given(features.shape[1]), sync_on_compute=False).to(device)
     for part in features.split(10_000):
-        metric.update(part.double(), real=False)
-    if isinstance(reference, torch.Tensor):
+        metric.update(exact(part), real=False)
+    if given:
         for part in reference.split(10_000):
-            metric.update(part.double(), real=True)
+            metric.update(exact(part), real=True)
     else:  # the sums that two features with these statistics would have left
-        mean, covariance = (t.to(features.device, torch.float64) for t in reference)
+        mean, covariance = (t.to(device, torch.float64) for t in reference)
         metric.real_features_num_samples += 2
         metric.real_features_sum += 2 * mean
         metric.real_features_cov_sum += covariance + 2 * mean.outer(mean)
@@ -220,15 +228,17 @@ def inception_score(probabilities, splits=10):
 
 
 def neighbour_radii(features, k=3, chunk=1000):
-    """(N, F) -> (N,): the distance of each to its k-th nearest neighbour."""
+    """(N, F) -> (N,): the distance of each to its k-th nearest neighbour.  UserError for N <= k."""
+    if len(features) <= k:
+        raise UserError(f"precision and recall need at least {k + 1} images, got {len(features)}")
     near = [torch.cdist(part, features).topk(k + 1, largest=False).values for part in features.split(chunk)]
     return torch.cat(near)[:, k]  # the nearest of all, distance 0, is itself
 
 
 def share_inside(features, centres, radii, chunk=1000):
     """Share of features (N, F) that lie in any of the balls about centres (M, F) with radii (M,)."""
-    inside = [(torch.cdist(part, centres) <= radii).any(1) for part in features.split(chunk)]
-    return torch.cat(inside).double().mean().item()
+    inside = [(torch.cdist(part, centres) <= radii).any(1).sum() for part in features.split(chunk)]
+    return sum(inside).item() / len(features)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -303,8 +313,8 @@ def evaluate_samples(net, reference, batches):
     images            how many there were
     """
     features, probabilities = features_of(net, batches)
-    if len(features) < 5:
-        raise UserError(f"{len(features)} images are too few for an evaluation")
+    if (fewest := min(len(features), len(reference.features))) < LEAST_IMAGES:
+        raise UserError(f"{fewest} images are too few: an evaluation needs {LEAST_IMAGES}, samples and data")
     centred, data = features - reference.centre, reference.features - reference.centre
     return {
         "fd": frechet_distance(features, reference.statistics or reference.features),
@@ -317,7 +327,12 @@ def evaluate_samples(net, reference, batches):
 
 
 def data_floor(features, seed=0):
-    """The Fréchet distance between two random halves of the data: no sampler does better by merit."""
+    """The Fréchet distance between two random halves of the data: no sampler does better by merit.
+
+    Raises UserError for less than four images, two in a half.
+    """
+    if len(features) < 4:
+        raise UserError(f"halves of the data need at least 4 images to compare, got {len(features)}")
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
     one, other = features[order.to(features.device)].tensor_split(2)
     return {"fd": frechet_distance(one, other), "sizes": [len(one), len(other)]}

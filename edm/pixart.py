@@ -13,6 +13,8 @@ which of them count.  The one-step generator is `edm.networks.Generator` on top 
 import torch
 from torch import nn
 
+from edm.device import finest
+
 STEPS, BETA_FIRST, BETA_LAST = 1000, 1e-4, 0.02
 
 
@@ -44,10 +46,19 @@ class PixArtDenoiser(nn.Module):
         self.register_buffer("edges", (levels[1:] + levels[:-1]) / 2, persistent=False)
 
     def _apply(self, fn, recurse=True):
-        """Moves with .to(), but the levels keep their float64: in bf16 half of the t would change."""
+        """Moves with .to(), but the levels keep their float64: in bf16 half of the t would change.
+
+        On a device without float64 edges are rounded down to float32: no float32 sigma changes sides.
+        """
+        self.levels = self.edges = torch.empty(0)  # to learn the device: float64 may not exist there
         super()._apply(fn, recurse)
-        exact = sigma_of_t().to(self.levels.device)
-        self.levels, self.edges = exact, (exact[1:] + exact[:-1]) / 2
+        device, levels = self.levels.device, sigma_of_t()
+        edges = (levels[1:] + levels[:-1]) / 2
+        if finest(device) == torch.float32:
+            low = edges.float()
+            below = torch.nextafter(low, torch.zeros_like(low))
+            levels, edges = levels.float(), torch.where(low.double() > edges, below, low)
+        self.levels, self.edges = levels.to(device), edges.to(device)
         return self
 
     @property

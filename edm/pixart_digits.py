@@ -184,11 +184,12 @@ def main(cfg):
 # Do samples follow their captions?
 
 
-def compare(generator, teacher, shape, vae, encoder, n, cache="out/edm/classifier-digits-16.safetensors"):
+def compare(generator, teacher, shape, vae, encoder, n, cache):
     """n samples of each, seeds 0, 1, ..., under the prompts in turn, read by a classifier of the data.
 
-    generator, teacher: the one-step network and the denoiser -> {"student_follows": the share in which the
-    classifier reads the digit of the prompt, "student_fd": the Frechet distance to the data, ...}
+    generator, teacher: the one-step network and the denoiser.  cache: file of the classifier.
+    -> {"student_follows": the share in which the classifier reads the digit of the prompt, "student_fd": the
+    Frechet distance to the data, ...}
     """
     data = pictures()
     net = classifier_features(data, cache)

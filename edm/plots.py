@@ -35,6 +35,7 @@ CURVES = (  # title, columns of the log, logarithmic
     ("online loss: does the online network keep up?", ("fake_loss", "loss"), True),
     ("gradient norms", ("fake_gradient", "generator_gradient", "gradient"), True),
     ("||D_fake - D_teacher|| by sigma: is there anything left to learn?", "gap_", True),
+    ("Frechet distance of the average to the data", ("fd",), True),
     ("samples: do they collapse or fly off?", ("sample_mean", "sample_std"), False),
     ("surrogate (its value means nothing)", ("surrogate",), False),
 )
@@ -51,7 +52,9 @@ def curves(history):
     figure = Figure(figsize=(6, 2.4 * len(kept)), dpi=70, layout="constrained")
     for ax, (title, names, log) in zip(figure.subplots(len(kept), squeeze=False)[:, 0], kept):
         for name in names:
-            ax.plot(column("images"), column(name), label=name, lw=1)
+            there = np.isfinite(column(name))  # fd is not in every row
+            style = dict(lw=1, marker="." if name == "fd" else None)
+            ax.plot(column("images")[there], column(name)[there], label=name, **style)
         if log:
             ax.set_yscale("log")
         ax.set_title(title, fontsize=9)

@@ -2,14 +2,17 @@
 
 import contextlib
 import csv
+import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import pickle
 import platform
 import signal
 import subprocess
+import tempfile
 from pathlib import Path
 
 import torch
@@ -33,15 +36,42 @@ def write_json(path, content):
         temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
+def check_writable(path):
+    """Raise UserError unless a file can be written there, with the folders it lacks.  Leaves nothing."""
+    folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
+    try:
+        if Path(path).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
 def digest(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
+def check_settings(cfg):
+    """Whether cfg.out holds a run of these settings.  Raises UserError if it holds one of others."""
+    path, mine = Path(cfg.out) / "config.json", json.loads(json.dumps(settings(cfg)))
+    if not path.exists():
+        return False
+    try:
+        found = json.loads(path.read_text())
+        other = [f"{k} {found.get(k)!r}, not {v!r}" for k, v in mine.items() if found.get(k) != v]
+    except (ValueError, AttributeError):
+        raise UserError(f"{path} is damaged; choose another --out") from None
+    if other:
+        raise UserError(f"{cfg.out} holds a run of other settings ({'; '.join(other)})")
+    return True
+
+
 class Run:
     """The folder of one run.  Only the first process writes; every process may read.
 
-    config.json         the settings that decide its numbers
+    config.json         the settings that decide what it trains
     checkpoints/        STEP-HASH.pt, the newest `keep`: all that is needed to go on
     log.csv             one row per look; the same in tensorboard/, where TensorBoard is installed
     """
@@ -74,23 +104,15 @@ class Run:
             raise UserError(f"{self.path} is in use by another process") from None
 
     def _claim(self, cfg):
-        path, mine = self.path / "config.json", json.loads(json.dumps(settings(cfg)))
+        path = self.path / "config.json"
         self.path.mkdir(parents=True, exist_ok=True)
         others = sorted(p.name for p in self.path.iterdir() if p.name not in (".lock", "tmp-config.json"))
         if others and not path.exists():
             raise UserError(f"{self.path} has {', '.join(others[:3])} but no config.json: not a run's folder")
         self._lock()
-        if path.exists():
-            try:
-                found = json.loads(path.read_text())
-                other = [f"{k} {found.get(k)!r}, not {v!r}" for k, v in mine.items() if found.get(k) != v]
-            except (ValueError, AttributeError):
-                raise UserError(f"{path} is damaged; choose another --out") from None
-            if other:
-                raise UserError(f"{self.path} holds a run of other settings ({'; '.join(other)})")
-            if not cfg.resume:
-                raise UserError(f"{self.path} holds this run already; --resume goes on with it")
-        write_json(path, mine)
+        if check_settings(cfg) and not cfg.resume:
+            raise UserError(f"{self.path} holds this run already; --resume goes on with it")
+        write_json(path, settings(cfg))
 
     # -- checkpoints --
 
@@ -131,12 +153,14 @@ class Run:
         if not self.first:
             return
         with replacing(self.path / "log.csv") as path, open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, self.history[-1].keys(), extrasaction="ignore")
+            columns = dict.fromkeys(name for entry in self.history for name in entry)
+            writer = csv.DictWriter(file, columns, restval="nan")
             writer.writeheader()
             for entry in self.history:
                 writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in entry.items()})
         for name, value in row.items() if self.board else ():
-            self.board.add_scalar(name, value, row["images"])
+            if not math.isnan(value):
+                self.board.add_scalar(name, value, row["images"])
 
 
 @contextlib.contextmanager

@@ -27,8 +27,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from edm import checkpoints, plots
-from edm.config import UserError, command_line, option
+from edm.config import DEVICE, UserError, command_line, option
 from edm.data import one_hot, to_uint8
+from edm.device import find_device
 from edm.networks import Generator
 from edm.sampler import heun, latents
 
@@ -44,7 +45,7 @@ class Settings:
     steps: int = option(None, "a teacher's Heun steps (default 18): 2 * steps - 1 evaluations")
     labels: int = option(None, "class of all images (default: drawn by each seed)", metavar="CLASS")
     batch: int = option(64, "images made before any is written; does not change them")
-    device: str = option("auto", "cpu, cuda, or auto: a GPU if there is one", ("auto", "cpu", "cuda"))
+    device: str = option(*DEVICE)
     precision: str = option("fp32", "what the network computes in", ("fp32", "bf16"))
 
 
@@ -159,8 +160,7 @@ def check(cfg):
     for name in ("batch", "steps"):
         if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(cfg, name)}")
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device here")
+    find_device(cfg.device)
     if processes > 1 and kind_of(out) != "folder":
         raise UserError(f"{out}: {processes} processes write into a folder only")
 
@@ -214,11 +214,11 @@ def main(cfg):
     seeds = parse_seeds(cfg.seeds)
     network, about = checkpoints.load(cfg.network)
     check_network(cfg, network, about)
-    state = PartialState(cpu=cfg.device == "cpu" or not torch.cuda.is_available())
+    state = PartialState(cpu=find_device(cfg.device) == "cpu")
     state.wait_for_everyone()  # else one could find the folder that another has made
     folder = Path(cfg.out) if kind_of(cfg.out) == "folder" else Path(cfg.out).parent
     folder.mkdir(parents=True, exist_ok=True)
-    device = torch.device("cpu") if cfg.device == "cpu" else state.device
+    device = state.device
     sample, evaluations = make_sampler(network.to(device), about, cfg.steps or 18)
     mine = seeds[state.process_index :: state.num_processes]
     with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):

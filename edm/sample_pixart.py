@@ -33,8 +33,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from edm import plots
 from edm.checkpoints import naming, replacing
-from edm.config import UserError, command_line, option
+from edm.config import DEVICE, UserError, command_line, option
 from edm.data import to_uint8
+from edm.device import find_device
 from edm.networks import Generator
 from edm.pixart import PixArtDenoiser, decode, without
 from edm.pixart_files import find_pipeline, load_transformer, load_vae, sigma_init_of, write_pipeline
@@ -73,7 +74,7 @@ class Settings:
     heads: int = option(None, "attention heads of a file in PixArt's naming (default: the pipeline's, or 16)")
     export: str = option(None, "write a pipeline for diffusers into this new folder", metavar="FOLDER")
     batch: int = option(4, "images at a time")
-    device: str = option("auto", "cpu, cuda, or auto: a GPU if there is one", ("auto", "cpu", "cuda"))
+    device: str = option(*DEVICE)
     precision: str = option("fp32", "of the transformers and the text encoder", ("fp32", "bf16"))
 
 
@@ -208,8 +209,7 @@ def check(cfg):
         raise UserError(f"--sigma-init must be positive, got {cfg.sigma_init}")
     if not 1 <= cfg.guidance < math.inf:
         raise UserError(f"--guidance must be at least 1, got {cfg.guidance}")
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device here")
+    find_device(cfg.device)
 
 
 def find_prompts(text):
@@ -251,7 +251,7 @@ def report(seconds, batch):
 def draw_all(cfg, student, about, folder, pairs):
     """From all files to the images, and how long they took."""
     quiet()
-    device = torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = torch.device(find_device(cfg.device))
     encoder = TextEncoder(folder, device, {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.precision])
     vae = load_vae(folder).to(device)  # in float32 always: it is small
     samplers = make_samplers(cfg, student, about, folder, vae, encoder.null)

@@ -3,6 +3,7 @@
 import torch
 
 from edm.data import one_hot
+from edm.device import finest
 
 
 def latents(seeds, shape, label_dim=0):
@@ -33,18 +34,20 @@ def fixed_latents(network, device, rows=8):
 def heun(denoiser, z, steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0, **cond):
     """EDM's deterministic sampler (arXiv:2206.00364, algorithm 1 without churn) -> like z, in float64.
 
+    On MPS, which has no float64, in float32.
+
     The probability flow dx/dsigma = (x - D(x; sigma)) / sigma from sigma_max z down Karras' ladder of
     `steps` levels to 0, by Heun's second-order steps and a last one of Euler's: 2 steps - 1 evaluations.
     """
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64, device=z.device)
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    levels = torch.cat([(top + ramp * (bottom - top)) ** rho, ramp.new_zeros(1)])
+    levels = [*((top + ramp * (bottom - top)) ** rho).tolist(), 0.0]
 
     def slope(x, sigma):
-        denoised = denoiser(x.float(), sigma.float().expand(len(x)), **cond)
-        return (x - denoised.double()) / sigma
+        denoised = denoiser(x.float(), z.new_full((len(x),), sigma, dtype=torch.float32), **cond)
+        return (x - denoised.to(x.dtype)) / sigma
 
-    x = z.double() * levels[0]
+    x = z.to(finest(z.device)) * levels[0]
     for sigma, following in zip(levels, levels[1:]):
         first = slope(x, sigma)
         step = following - sigma

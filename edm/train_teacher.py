@@ -21,7 +21,7 @@ import torch
 import sim_core as sim
 from edm import checkpoints, plots
 from edm.config import PRESETS, TeacherTraining, UserError, check, command_line
-from edm.data import load_images, one_hot, to_network
+from edm.data import load_fitting, one_hot, to_network
 from edm.networks import EDMPrecond
 from edm.runs import Run, write_json
 from edm.sampler import fixed_latents, heun
@@ -86,13 +86,6 @@ def image_examples(cfg, device, network, data):
     return examples
 
 
-def check_data(cfg, network, data):
-    if network.label_dim and (data.labels is None or data.num_classes > network.label_dim):
-        raise UserError(f"{cfg.data}: {data.num_classes} classes, but the network takes {network.label_dim}")
-    if data.images.shape[1:] != network.shape:
-        raise UserError(f"{cfg.data}: images of {tuple(data.images.shape[1:])}, not {network.shape}")
-
-
 def learn(cfg, accelerator, task, run, picture, name, write):
     """Train; write(path) writes the network, the last to come, at cfg.out/name.  Returns the exit code."""
     code = complete(cfg, accelerator, task, run, dict, picture, "teacher")
@@ -111,10 +104,9 @@ def main(cfg):
     if not cfg.data:
         raise UserError(f"preset {cfg.preset} needs --data: a folder with CIFAR-10's batches, or EDM's zip")
     accelerator = make_accelerator(cfg)
-    data = load_images(cfg.data)
     torch.manual_seed(cfg.seed)
     network = EDMPrecond(**PRESETS[cfg.preset]["network"])
-    check_data(cfg, network, data)
+    data = load_fitting(cfg.data, network.shape, network.label_dim)
     run = Run(cfg, accelerator.is_main_process)
     examples = image_examples(cfg, accelerator.device, network, data)
     task = TeacherTask(cfg, accelerator, network.to(memory_format=torch.channels_last), examples)

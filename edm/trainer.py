@@ -9,7 +9,6 @@ and there is no state of a random generator to keep.
 import contextlib
 import math
 import os
-import resource
 import sys
 import time
 from functools import partial
@@ -26,6 +25,7 @@ from tqdm import tqdm
 import sim_core as sim
 from edm import plots
 from edm.config import UserError, surrogate
+from edm.device import find_device, peak_memory
 from edm.runs import stop_on_signal
 
 LOOKS = 50  # rows of the log
@@ -42,18 +42,19 @@ class Diverged(Exception):
 
 def make_accelerator(cfg):
     """One code path for a CPU, a GPU, and torchrun over several of either."""
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device here")
-    cpu = cfg.device == "cpu" or not torch.cuda.is_available()
-    if cfg.precision == "fp16" and cpu:
-        raise UserError("--precision fp16 is for GPUs; a CPU takes bf16")
+    kind = find_device(cfg.device)
+    if cfg.precision == "fp16" and kind != "cuda":
+        raise UserError("--precision fp16 is for GPUs with CUDA; others take bf16")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # gloo beside nccl: for what no GPU should wait for
-        handlers.append(InitProcessGroupKwargs(backend="gloo" if cpu else "cpu:gloo,cuda:nccl"))
-    accelerator = Accelerator(cpu=cpu, mixed_precision=cfg.precision, kwargs_handlers=handlers)
+        handlers.append(InitProcessGroupKwargs(backend="gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl"))
+    try:
+        accelerator = Accelerator(cpu=kind == "cpu", mixed_precision=cfg.precision, kwargs_handlers=handlers)
+    except ValueError as error:  # an old macOS has no bf16
+        raise UserError(f"--precision {cfg.precision}: {error}") from None
     if is_sharded(cfg) and (accelerator.num_processes == 1 or cfg.precision == "fp16"):
         raise UserError("--sharding fsdp is for several processes (torchrun), in bf16 or float32")
     if cfg.batch % accelerator.num_processes:
@@ -404,19 +405,13 @@ def agree(stop, accelerator):
     return bool(flag)
 
 
-def peak_memory(device):
-    """Bytes: of the GPU, or of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def train(cfg, accelerator, task, run, look, picture, name):
+def train(cfg, accelerator, task, run, look, picture, name, score=None):
     """Repeat task.step until cfg.steps or a signal.  Returns "finished" or "interrupted".
 
     task     has step(n), state_dict(), load_state_dict(state)
     look     look() -> more numbers for the log, of which there are about LOOKS rows
     picture  picture(step), called with every checkpoint, on every process: networks may be in shares
+    score    score(step) -> more numbers, every cfg.evaluate_every images and at the end, on every process
     """
     state = run.load(accelerator.print) if cfg.resume else None
     start = state["step"] if state else 0
@@ -426,15 +421,23 @@ def train(cfg, accelerator, task, run, look, picture, name):
             accelerator.scaler.load_state_dict(state["scaler"])
         accelerator.print(f"going on from step {start}")
     every, looks = max(1, cfg.every // cfg.batch), max(1, cfg.steps // LOOKS)
+    scores = max(1, cfg.evaluate_every // cfg.batch) if score else 0
     recent, before = Recent(accelerator), run.history[-1]["seconds"] if run.history else 0.0
     clock = time.perf_counter()
     bar = tqdm(total=cfg.steps * cfg.batch, initial=start * cfg.batch, unit="img", desc=name, mininterval=1,
                unit_scale=True, disable=not accelerator.is_main_process)  # fmt: skip
 
+    def due(step, every):
+        return every and (step % every == 0 or step == cfg.steps)
+
     def log(step):
-        numbers = recent.collect(step)
+        numbers = recent.collect(step) | look()
+        try:
+            numbers |= score(step) if due(step, scores) else {}
+        except UserError as error:  # NaN is no image
+            raise Diverged(f"{error} after step {step - 1}") from None
         seconds = before + time.perf_counter() - clock
-        row = {"step": step, "images": step * cfg.batch, "seconds": seconds} | numbers | look()
+        row = {"step": step, "images": step * cfg.batch, "seconds": seconds} | numbers
         run.log(row | {"peak_memory_gb": peak_memory(accelerator.device) / 1e9})
         bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k in ("fake_loss", "loss", "std")})
 
@@ -456,9 +459,9 @@ def train(cfg, accelerator, task, run, look, picture, name):
             recent.add(task.step(step))
             step += 1
             bar.update(cfg.batch)
-            if step % looks == 0 or step % every == 0 or step == cfg.steps:
+            if any(due(step, often) for often in (looks, every, scores)):
                 log(step)
-            if step % every == 0 or step == cfg.steps:
+            if due(step, every):
                 save(step)
         if step < cfg.steps and step > start:
             if recent.rows:
@@ -467,10 +470,10 @@ def train(cfg, accelerator, task, run, look, picture, name):
     return "finished" if step == cfg.steps else "interrupted"
 
 
-def complete(cfg, accelerator, task, run, look, picture, name):
+def complete(cfg, accelerator, task, run, look, picture, name, score=None):
     """`train`, its curves, and what the user is told.  Returns an exit code, or None: there is more to do."""
     try:
-        status = train(cfg, accelerator, task, run, look, picture, name)
+        status = train(cfg, accelerator, task, run, look, picture, name, score)
     except Diverged as error:
         words = f"{name}: stopped: {error}; lower --lr; the last good checkpoint is kept"
         accelerator.print(words, file=sys.stderr)

@@ -285,7 +285,7 @@ def test_memory_plan_of_the_paper(monkeypatch):
     assert planned(checkpointing=False)[-1] > 5 * planned()[-1] > 0
     assert planned(micro_batch=16)[-1] == planned()[-1] / 2 and planned(guidance=1.0)[-1] < planned()[-1]
     lines = []
-    monkeypatch.setattr(distill_pixart.psutil, "virtual_memory", lambda: SimpleNamespace(total=60e9))
+    monkeypatch.setattr("edm.device.psutil.virtual_memory", lambda: SimpleNamespace(total=60e9))
     distill_pixart.tell_memory(dict(a=int(30e9), b=int(20e9)), torch.device("cpu"), lines.append)
     assert lines[-1].strip() == "50.00 GB  on each device: too much for 40 GB, fits 80 GB"
     with pytest.raises(UserError, match="needs about 70 GB on each device, which has 60 GB: lower --micro"):
@@ -345,7 +345,7 @@ def record(out):
 
 @pytest.fixture
 def fast(monkeypatch):
-    monkeypatch.setattr(pixart_digits, "compare", lambda *networks: {})
+    monkeypatch.setattr(pixart_digits, "compare", lambda *given: {})
 
 
 def test_a_run_leaves_what_it_promises(here, fast, tmp_path):
@@ -427,6 +427,10 @@ WRONG = {  # words on the command line -> in the message
     "--prompts empty.txt": "empty.txt: there are no prompts in it",
     "--prompts binary.txt": "binary.txt: line 1: ",
     "--captions none.safetensors": "none.safetensors: No such file",
+    "--teacher= --prompts none.txt": "none.txt: No such file",  # before a teacher is trained
+    "--teacher= --captions none.safetensors": "none.safetensors: No such file",
+    "--teacher= --transformer pipeline/prompts.txt": "pipeline/prompts.txt: ",
+    "--samples 4": "--samples must be at least 5, got 4",
     "--preset pixart-512 --teacher=": "preset pixart-512 needs --teacher",
     "--preset imagenet": "invalid choice: 'imagenet'",
     "--sharding fsdp": "--sharding fsdp is for several processes",
@@ -449,11 +453,11 @@ def test_wrong_inputs_are_refused_in_one_line_and_leave_no_trace(words, here, ca
 
 
 def test_no_memory_is_told_before_anything_is_trained(here, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(distill_pixart.psutil, "virtual_memory", lambda: SimpleNamespace(total=1e6))
+    monkeypatch.setattr("edm.device.psutil.virtual_memory", lambda: SimpleNamespace(total=1e6))
     assert run(out=tmp_path / "run") == 2
     out, err = capsys.readouterr()
     assert "on each device, which has 0.001 GB: lower --micro-batch" in err and err.count("\n") == 1
-    assert "40 prompts; memory:" in out
+    assert "40 prompts; memory:" in out and not (tmp_path / "run").exists()
 
 
 def test_running_out_of_memory_is_one_line_and_keeps_checkpoints(here, fast, capsys, monkeypatch, tmp_path):
@@ -485,7 +489,7 @@ for sharding in ("ddp", "fsdp"):
         found[sharding, micro_batch, share] = task.gradients
 torch.save(found, f"rank{task.accelerator.process_index}.pt")
 t.quick()
-t.pixart_digits.compare = lambda *networks: {}
+t.pixart_digits.compare = lambda *given: {}
 for sharding in ("ddp", "fsdp"):
     assert t.run(out=sharding, teacher=sys.argv[1], sharding=sharding, steps=4, every=16) == 0
 assert t.run("--resume", out="fsdp", teacher=sys.argv[1], sharding="fsdp", steps=4, every=16) == 0
@@ -538,7 +542,7 @@ def shrink():
     """A small teacher, trained briefly."""
     pixart_digits.TRANSFORMER = SMALL
     TEXT_PRESETS["pixart-digits"]["teacher"] = dict(steps=4, batch=8, lr=1e-3, every=16, vae_steps=2)
-    pixart_digits.compare = lambda *networks: {}
+    pixart_digits.compare = lambda *given: {}
 
 
 @pytest.mark.slow

@@ -66,7 +66,7 @@ class Config:
     # the end
     samples: int = option(10_000, "one-step samples behind metrics.json, and in samples.npz")
     # the machine
-    device: str = option("cpu", "torch device")
+    device: str = option("cpu", "torch device, or auto: a GPU (CUDA, MPS) if there is one; a CPU is as fast")
     threads: int = option(1, "CPU threads, 0 for torch's choice; networks this small gain nothing from more")
     out: str = option(
         None, "folder of the run (default out/toy/NAME: the target and what differs from the defaults)"
@@ -127,8 +127,15 @@ def resolve(cfg, preset="default"):
     given = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in MACHINE and v != usual[k]}
     parts = [f"{k}_{v:g}" if isinstance(v, float) else f"{k}_{v}" for k, v in given.items()]
     name = "-".join([cfg.target, *([preset] if preset != "default" else []), *parts])
+    cfg = dataclasses.replace(cfg, device=find_device(cfg.device))
     filled = SIZES.get(cfg.target, SIZES["others"]) | {"out": f"out/toy/{name}"}
     return dataclasses.replace(cfg, **{k: v for k, v in filled.items() if getattr(cfg, k) is None})
+
+
+def find_device(name):
+    """auto: the first of CUDA, MPS and the CPU that is here.  Others stay what they are."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return next(kind for kind in here if here[kind]) if name == "auto" else name
 
 
 def check(cfg):
@@ -152,9 +159,12 @@ def check(cfg):
         raise UserError("--method density takes no --weighting")
     try:
         surrogate(cfg)
-        torch.empty(0, device=cfg.device)
-    except (ValueError, RuntimeError, AssertionError) as error:
-        raise UserError(str(error).splitlines()[0]) from None
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    try:
+        torch.zeros(1, device=cfg.device).item()  # meta has no numbers
+    except Exception as error:  # each backend has its own
+        raise UserError(f"--device {cfg.device}: torch cannot use it here ({type(error).__name__})") from None
     if cfg.show:
         from matplotlib import pyplot
 

@@ -9,7 +9,7 @@ SIGMAS = (0.1, 0.2, 0.5, 1.0)  # where scores are compared
 
 def mean_distance(x, y, chunk=500):
     """E|X - Y| over all pairs of two samples (n, D), (m, D)."""
-    sums = [torch.cdist(part, y).sum(1).sum(dtype=torch.float64) for part in x.split(chunk)]
+    sums = [torch.cdist(part, y).sum(1).cpu().double().sum() for part in x.split(chunk)]  # MPS has no double
     return sum(sums).item() / (len(x) * len(y))
 
 

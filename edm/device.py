@@ -1,0 +1,67 @@
+"""What --device means, and what differs from one kind of device to the next.
+
+MPS, Apple's GPUs, has no float64 and counts its memory in other words.  None of this has run on a Mac:
+a test follows every step and looks for float64 on the device.
+"""
+
+import os
+import resource
+import sys
+
+import psutil
+import torch
+
+from edm.config import UserError
+
+WITHOUT_FLOAT64 = {"mps"}
+
+
+def find_device(wanted):
+    """--device -> "cuda", "mps" or "cpu".  auto: the first of these that is here.  Raises UserError.
+
+    MPS is one device, and knows no collective operations: several processes do not get it.
+    """
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        return next(kind for kind in here if here[kind] and not (several and kind == "mps"))
+    if not here[wanted]:
+        raise UserError(f"--device {wanted}: no {wanted.upper()} device here")
+    if several and wanted == "mps":
+        raise UserError("--device mps is for one process; several take cuda or cpu")
+    return wanted
+
+
+def finest(device):
+    """The most exact type of the device: float64, or float32 where there is no other."""
+    return torch.float32 if torch.device(device).type in WITHOUT_FLOAT64 else torch.float64
+
+
+def exact(tensor):
+    """In float64, on its device or, if that has none, on the CPU."""
+    return (tensor.cpu() if tensor.device.type in WITHOUT_FLOAT64 else tensor).double()
+
+
+def synchronise(device):
+    """Wait until the device has done what it was told."""
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize()
+
+
+def peak_memory(device):
+    """Bytes: of the GPU, or of the process.  MPS knows no peak: what is held now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def total_memory(device):
+    """Bytes that there are for everything."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return psutil.virtual_memory().total
