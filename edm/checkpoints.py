@@ -1,10 +1,13 @@
 """Weights on disk: our own files, and the released .pkl files of EDM, read without executing them.
 
     python edm/checkpoints.py convert edm-cifar10-32x32-cond-vp.pkl teacher.safetensors
+    python edm/checkpoints.py convert sid-cifar10-cond.pkl generator.safetensors --sigma-init 2.5
     python edm/checkpoints.py show teacher.safetensors
 
 Our files are safetensors with two JSON texts in the metadata: "config", the arguments of EDMPrecond,
 and "about", whatever the writer noted.  `load` reads both kinds and tells them apart by content.
+A note sigma_init makes a denoiser a one-step generator, g(z) = D(sigma_init z; sigma_init).  No .pkl names
+one, neither teachers nor the one-step generators that others released in EDM's format: --sigma-init does.
 
 A .pkl is a program that builds Python objects, and those of EDM carry source code besides.  Here every
 name in it is replaced by a record of its arguments (`TABLE`); the weights are then picked out of those
@@ -13,6 +16,7 @@ records.  Nothing in the file runs, and its source code is never looked at.
 
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -21,6 +25,7 @@ import struct
 import sys
 from argparse import RawDescriptionHelpFormatter
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
@@ -29,7 +34,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from edm.config import Parser, UserError
+from edm.config import SIGMA_INIT, Parser, UserError
 from edm.networks import EDMPrecond
 from edm.safe_pickle import load_inert
 
@@ -74,12 +79,16 @@ def save(path, network, **about):
         temporary.write_bytes(safetensors.torch.save(weights, metadata))
 
 
-def load(path):
+def load(path, sigma_init=None):
     """-> (EDMPrecond on the CPU, eval mode, float32, gradients off; dict of the writer's notes).
 
     path: a file of `save`, or one of EDM's .pkl files, whose notes are empty.
-    Raises UserError, naming the file, for anything else: missing, damaged, another network.
+    sigma_init: noted of a file that notes none, which makes it a one-step generator.
+    Raises UserError, naming the file, for anything else: missing, damaged, another network, another
+    sigma_init.
     """
+    if sigma_init is not None and not 0 < sigma_init < math.inf:
+        raise UserError(f"--sigma-init must be positive, got {sigma_init}")
     with naming(path), open(path, "rb") as file:
         head = file.read(9)
     about = {}
@@ -92,6 +101,8 @@ def load(path):
     else:
         raise UserError(f"{path}: neither a .safetensors file of ours nor a .pkl file of EDM")
     with naming(path):
+        if sigma_init is not None and about.setdefault("sigma_init", sigma_init) != sigma_init:
+            raise UserError(f"notes sigma_init {about['sigma_init']}, but --sigma-init says {sigma_init}")
         return build(config, weights), about
 
 
@@ -215,7 +226,27 @@ def read_pickle(path):
             raise UserError("its network was made with positional arguments")
         dropped = ("model_type", "use_fp16", "sigma_min", "sigma_max")  # known, or without effect here
         config = {k: plain(v) for k, v in state["_init_kwargs"].items() if k not in dropped}
-        return config, dict(named_tensors(ema, "", set()))
+        stored = dict(named_tensors(ema, "", set()))
+        weights = {name: single(name, tensor) for name, tensor in stored.items()}
+    kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in stored.values()}
+    if kinds - {"float32"}:
+        tell(f"{path}: its weights are {' and '.join(sorted(kinds))}; read as float32")
+    return config, weights
+
+
+@cache
+def tell(line):
+    """To stderr, once: a command may load a file more than once."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
+
+
+def single(name, tensor):
+    """Rounded to float32, which must hold it."""
+    rounded = tensor.float()
+    if (rounded.isinf() & tensor.isfinite()).any():
+        raise UserError(f"tensor {name} has values beyond float32's range")
+    return rounded
 
 
 def attributes(module):
@@ -267,8 +298,8 @@ def read_tensor(record, seen):
 
 
 # A storage's bytes are a file of torch.save before it used zip: five pickles, the number of elements
-# (8 bytes), the elements.  They are compared, opcode by opcode, with the only form that a float storage
-# has, rather than unpickled.  The first three pickles are constant.
+# (8 bytes), the elements.  They are compared, opcode by opcode, with the only form that a storage of
+# floats has, rather than unpickled.  The first three pickles are constant.
 CONSTANT = b"".join(
     pickle.dumps(value, protocol=2)
     for value in (
@@ -280,24 +311,28 @@ CONSTANT = b"".join(
 STORAGE = re.compile(
     re.escape(CONSTANT)
     # The fourth refers to ("storage", FloatStorage, key, "cpu", count, None), the fifth is [key].
-    + rb"\x80\x02\(X\x07\0\0\0storageq\0ctorch\nFloatStorage\nq\x01X(?P<key>[\x01-\x14]\0\0\0\d+)q\x02"
+    + rb"\x80\x02\(X\x07\0\0\0storageq\0ctorch\n(?P<kind>Half|Float|Double)Storage\nq\x01"
+    rb"X(?P<key>[\x01-\x14]\0\0\0\d+)q\x02"
     rb"X\x03\0\0\0cpuq\x03(?:K(?P<n1>.)|M(?P<n2>..)|J(?P<n4>....))Ntq\x04Q\."
     rb"\x80\x02\]q\0X(?P=key)q\x01a\.(?P<count>.{8})",
     re.DOTALL,
 )
+KINDS = {b"Half": np.dtype("<f2"), b"Float": np.dtype("<f4"), b"Double": np.dtype("<f8")}
 
 
 def read_storage(data):
-    """The bytes of one FloatStorage -> tensor (n,), float32."""
+    """The bytes of one HalfStorage, FloatStorage or DoubleStorage -> tensor (n,) of that type."""
     form = STORAGE.match(data)
     if not form:
         raise UserError("a tensor's storage is not in the one form that is accepted")
     count = int.from_bytes(form["count"], "little")
     declared = int.from_bytes(form["n1"] or form["n2"] or form["n4"], "little")
-    if not count == declared == (len(data) - form.end()) / 4:
-        raise UserError(f"a storage said to have {count} and {declared} elements of 4 bytes is damaged")
-    values = np.frombuffer(data, "<f4", offset=form.end())
-    return torch.from_numpy(values.astype(np.float32))  # a copy, which may be written to
+    kind = KINDS[form["kind"]]
+    if not count == declared == (len(data) - form.end()) / kind.itemsize:
+        size = f"{declared} elements of {kind.itemsize} bytes"
+        raise UserError(f"a storage said to have {count} and {size} is damaged")
+    values = np.frombuffer(data, kind, offset=form.end())
+    return torch.from_numpy(values.astype(kind.newbyteorder("=")))  # a copy, which may be written to
 
 
 # ----------------------------------------------------------------------------------------------
@@ -316,7 +351,7 @@ def describe(network):
 def convert(args):
     if args.output.exists():
         raise UserError(f"{args.output}: exists already; choose another name or remove it")
-    network, about = load(args.file)
+    network, about = load(args.file, args.sigma_init)
     save(args.output, network, **about | {"converted_from": args.file.name})
     print(f"wrote {args.output}: {describe(network)}")
 
@@ -336,7 +371,9 @@ def main(argv=None):
         command = commands.add_parser(function.__name__, help=help, description=help)
         command.set_defaults(run=function)
         command.add_argument("file", type=Path, help="a .pkl of EDM, or a .safetensors of ours")
-    commands.choices["convert"].add_argument("output", type=Path, help="file to write; must not exist yet")
+    command = commands.choices["convert"]
+    command.add_argument("output", type=Path, help="file to write; must not exist yet")
+    command.add_argument("--sigma-init", type=float, metavar="SIGMA", help=f"to be noted: {SIGMA_INIT}")
     args = parser.parse_args(argv)
     try:
         args.run(args)

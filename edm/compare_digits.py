@@ -136,7 +136,7 @@ def judged_student(cfg):
     """Distil as distill.py does, and score the moving average wherever that would draw pictures."""
     accelerator = make_accelerator(cfg)
     run = Run(cfg)
-    task = distill.build(cfg, accelerator, distill.load_teacher(cfg.teacher, cfg.preset))
+    task = distill.build(cfg, accelerator, distill.load_teacher(cfg.teacher))
     pictures = plots.Pictures(run, task, *fixed_latents(task.teacher, task.device, rows=1))
     judge = make_judge(Path(cfg.out).parents[1], cfg.samples)
     path, record = scores_path(cfg), {"settings": recorded(cfg), "status": "training", "scores": {}}

@@ -92,6 +92,7 @@ TEXT_TEACHERS = {"pixart-digits": TEXT_PRESETS["pixart-digits"]["teacher"]}
 DEVICE = "auto", "cpu, cuda, mps, or auto: a GPU if there is one", ("auto", "cpu", "cuda", "mps")
 LEAST_IMAGES = 5  # of an evaluation: an image, its three neighbours, and one that is none of them
 DATA = "'digits', or a folder or zip of images (default: by preset)"
+SIGMA_INIT = "sigma* of a one-step generator whose file names none; SiD's have 2.5"
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def check_files(cfg):
     """Refuse a teacher or data that the run or its end could not use, before anything is written."""
     network = PRESETS[cfg.preset]["network"]
     if cfg.teacher:
-        load_teacher(cfg.teacher, cfg.preset)
+        network = load_teacher(cfg.teacher).config
     elif not cfg.data:
         raise UserError(f"preset {cfg.preset} needs --teacher: one of NVlabs' edm-cifar10-32x32-*.pkl")
     else:  # whose data are the teacher's: these do decide what it learned
@@ -76,16 +76,19 @@ def find_teacher(cfg, accelerator):
     return path if path.exists() else sys.exit(0)  # stopped by a signal
 
 
-def load_teacher(path, preset):
-    """The teacher, if it fits the preset."""
+def load_teacher(path):
+    """The teacher, of any size, without the layer for augmentations: nothing here has any."""
     teacher, about = checkpoints.load(path)
     if "sigma_init" in about:
         raise UserError(f"{path} is a one-step generator, not a teacher")
-    for name in ("img_resolution", "img_channels", "label_dim"):
-        wanted, found = PRESETS[preset]["network"].get(name, 0), getattr(teacher, name)
-        if wanted != found:
-            raise UserError(f"{path} has {name} {found}, but preset {preset} means {wanted}")
-    return teacher
+    return teacher.without_augmentation()
+
+
+def differences(teacher, preset):
+    """Where a teacher is not what the preset, to train one, would have made: words, or an empty text."""
+    made = PRESETS[preset]["network"]
+    found = {k: getattr(teacher, k) for k in ("img_resolution", "img_channels", "label_dim")}
+    return ", ".join(f"{k} {found[k]}, not {made[k]}" for k in found if found[k] != made[k])
 
 
 def build(cfg, accelerator, teacher):
@@ -204,7 +207,10 @@ def main(cfg):
     check_files(cfg)
     run = Run(cfg, accelerator.is_main_process)
     teacher_path = find_teacher(cfg, accelerator)
-    task = build(cfg, accelerator, load_teacher(teacher_path, cfg.preset))
+    teacher = load_teacher(teacher_path)
+    if words := differences(teacher, cfg.preset):
+        accelerator.print(f"{teacher_path} is not as preset {cfg.preset} has it, and it counts: {words}")
+    task = build(cfg, accelerator, teacher)
     pictures = plots.Pictures(run, task, *fixed_latents(task.teacher, task.device))
     best = Best(cfg, run, task, teacher_path) if cfg.evaluate_every else None
     code = complete(cfg, accelerator, task, run, pictures.look, pictures, "distil", best)

@@ -1,8 +1,9 @@
-"""Compare a one-step student with its teacher and with the data.
+"""Compare a one-step student with its teacher, if it has one, and with the data.
 
     python edm/evaluate.py --student out/edm/digits/generator.safetensors --data digits
     python edm/evaluate.py --student generator.safetensors --data cifar-10-batches-bin \\
         --inception inception-2015-12-05.pt --reference cifar10-32x32.npz
+    python edm/evaluate.py --student sid-cifar10-cond.pkl --sigma-init 2.5 --data cifar-10-batches-bin
     python edm/evaluate.py --student generator.safetensors --prompts prompts.txt \\
         --clip openai/clip-vit-large-patch14 --aesthetic sac+logos+ava1-l14-linearMSE.pth
     torchrun --nproc-per-node 4 edm/evaluate.py ...          # the same numbers, sooner
@@ -27,7 +28,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from edm import checkpoints, text_metrics
-from edm.config import DEVICE, LEAST_IMAGES, UserError, command_line, option
+from edm.config import DEVICE, LEAST_IMAGES, SIGMA_INIT, UserError, command_line, option
 from edm.data import load_fitting
 from edm.device import find_device
 from edm.metrics import (
@@ -45,8 +46,10 @@ from edm.sample import make_sampler, sample_batches
 
 @dataclass(frozen=True)
 class Settings:
-    student: str = option(None, "generator.safetensors of a run", required=True, metavar="FILE")
-    teacher: str = option(None, "its teacher (default: as the student's file says)", metavar="FILE")
+    student: str = option(None, "generator.safetensors of a run, or a one-step generator in EDM's .pkl form",
+                          required=True, metavar="FILE")  # fmt: skip
+    sigma_init: float = option(None, SIGMA_INIT, metavar="SIGMA")
+    teacher: str = option(None, "its teacher (default: as the student's file says, or none)", metavar="FILE")
     data: str = option(None, '"digits", or a data set\'s path')
     inception: str = option(None, "inception-2015-12-05.pt, for FID", metavar="FILE")
     reference: str = option(None, ".npz with mu and sigma to compute FID to", metavar="FILE")
@@ -69,7 +72,10 @@ class Settings:
 
 
 # For images, and for prompts: what only they take, defaults, least values.
-ONLY = ("data", "inception", "reference", "classifier"), ("clip", "aesthetic", "guidance", "precision")
+ONLY = (
+    ("data", "inception", "reference", "classifier", "sigma_init"),
+    ("clip", "aesthetic", "guidance", "precision"),
+)
 DEFAULTS = dict(samples=50_000, steps=18, batch=256), dict(steps=20, batch=4, guidance=4.5, precision="fp32")
 LEAST = dict(samples=LEAST_IMAGES, steps=2, batch=1), dict(samples=2)
 
@@ -85,7 +91,7 @@ def check(cfg):
     text = cfg.prompts is not None
     for name in ONLY[not text]:
         if getattr(cfg, name) is not None:
-            raise UserError(f"--{name}: {'not' if text else 'only'} with --prompts")
+            raise UserError(f"--{name.replace('_', '-')}: {'not' if text else 'only'} with --prompts")
     if not (cfg.clip if text else cfg.data):
         raise UserError("--prompts needs --clip" if text else "one of --data and --prompts is needed")
     for name, least in LEAST[text].items():
@@ -101,13 +107,14 @@ def check(cfg):
 
 
 def load_networks(cfg):
-    """-> {"student": (network, about), "teacher": (network, about)}."""
-    student, about = checkpoints.load(cfg.student)
+    """-> {"student": (network, about), "teacher": (network, about)}; without a teacher, the student alone."""
+    student, about = checkpoints.load(cfg.student, cfg.sigma_init)
     if "sigma_init" not in about:
-        raise UserError(f"{cfg.student}: a denoiser, not a one-step generator (it names no sigma_init)")
+        words = "a denoiser, not a one-step generator (it names no sigma_init)"
+        raise UserError(f"{cfg.student}: {words}; if it is one, as SiD's files are, give its --sigma-init")
     path = cfg.teacher or about.get("teacher")
     if not path:
-        raise UserError(f"{cfg.student}: names no teacher; give one with --teacher")
+        return {"student": (student, about)}
     teacher, teacher_about = checkpoints.load(path)
     if "sigma_init" in teacher_about:
         raise UserError(f"{path}: a one-step generator, not a teacher")
@@ -183,7 +190,8 @@ def text_table(result):
 
 
 def table(result):
-    rows, floor = {name: result[name] for name in ("student", "teacher")}, result["data_floor"]
+    rows = {name: result[name] for name in ("student", "teacher") if name in result}
+    floor = result["data_floor"]
     lines = ["        evaluations        FD      IS  precision  recall  seconds  images/s"]
     for name, row in rows.items():
         lines.append(
@@ -205,7 +213,7 @@ def compare(cfg):
 
 
 def compare_data(cfg, state):
-    """-> {"student": numbers, "teacher": numbers, "data_floor": numbers}."""
+    """-> {"student": numbers, "teacher": numbers, "data_floor": numbers}; "teacher" if there is one."""
     networks = load_networks(cfg)
     shape = networks["student"][0].shape
     judge = Judge(cfg, load_fitting(cfg.data, shape, judge=True, labelled=not cfg.inception), state)

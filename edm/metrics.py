@@ -38,6 +38,9 @@ from edm.runs import check_writable
 # ----------------------------------------------------------------------------------------------
 # Feature networks.
 
+TORCHSCRIPT = ("its TorchScript form, https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
+               "inception-2015-12-05.pt")  # fmt: skip
+
 
 class Inception(nn.Module):
     """The Inception network of the FID: NVIDIA's TorchScript file inception-2015-12-05.pt.
@@ -50,6 +53,9 @@ class Inception(nn.Module):
     def __init__(self, path):
         super().__init__()
         with naming(path), open(path, "rb") as file, warnings.catch_warnings():
+            if file.read(1) == b"\x80":
+                raise UserError(f"a pickle, which carries code, and none is run; needed: {TORCHSCRIPT}")
+            file.seek(0)
             warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript as a whole
             self.net = torch.jit.load(file, map_location="cpu").eval()
             probe = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)

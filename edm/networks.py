@@ -254,6 +254,16 @@ class EDMPrecond(nn.Module):
         """(C, H, W) of an image."""
         return self.img_channels, self.img_resolution, self.img_resolution
 
+    def without_augmentation(self):
+        """Itself, its map_augment dropped.
+
+        That layer has no bias: without augment_labels, or with zeros, it adds nothing to D and gets no
+        gradient, so a network that is trained without augmentations must not carry it.
+        """
+        if self.model.map_augment is not None:
+            self.model.map_augment, self.config["augment_dim"] = None, 0
+        return self
+
     def forward(self, x, sigma, class_labels=None, augment_labels=None):
         dtype = torch.promote_types(self.model.map_layer0.weight.dtype, torch.float32)
         x, sigma = x.to(dtype), torch.as_tensor(sigma, device=x.device).to(dtype).reshape(-1, 1, 1, 1)

@@ -3,6 +3,7 @@
     python edm/sample.py --network out/edm/digits/generator.safetensors --out digits.png
     python edm/sample.py --network generator.safetensors --seeds 0-49999 --out samples
     python edm/sample.py --network edm-cifar10-32x32-cond-vp.pkl --seeds 0-63,100 --labels 3 --out cats.npz
+    python edm/sample.py --network sid-cifar10-cond.pkl --sigma-init 2.5 --out sid.png
     torchrun --nproc-per-node 4 edm/sample.py ... --out samples
 
 --out NAME.png is one picture of all images, NAME.npz holds `images` (N, H, W, C) uint8, `seeds` and, if
@@ -27,7 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from edm import checkpoints, plots
-from edm.config import DEVICE, UserError, command_line, option
+from edm.config import DEVICE, SIGMA_INIT, UserError, command_line, option
 from edm.data import one_hot, to_uint8
 from edm.device import find_device
 from edm.networks import Generator
@@ -43,6 +44,7 @@ class Settings:
     out: str = option(None, "NAME.png, NAME.npz, or a folder", required=True)
     seeds: str = option("0-63", "one image for each, such as 0-63,100")
     steps: int = option(None, "a teacher's Heun steps (default 18): 2 * steps - 1 evaluations")
+    sigma_init: float = option(None, SIGMA_INIT, metavar="SIGMA")
     labels: int = option(None, "class of all images (default: drawn by each seed)", metavar="CLASS")
     batch: int = option(64, "images made before any is written; does not change them")
     device: str = option(*DEVICE)
@@ -212,12 +214,15 @@ def main(cfg):
     """Draw the images and write them."""
     check(cfg)
     seeds = parse_seeds(cfg.seeds)
-    network, about = checkpoints.load(cfg.network)
+    network, about = checkpoints.load(cfg.network, cfg.sigma_init)
     check_network(cfg, network, about)
     state = PartialState(cpu=find_device(cfg.device) == "cpu")
     state.wait_for_everyone()  # else one could find the folder that another has made
     folder = Path(cfg.out) if kind_of(cfg.out) == "folder" else Path(cfg.out).parent
     folder.mkdir(parents=True, exist_ok=True)
+    if state.is_main_process and not {"sigma_init", "kind"} & about.keys():
+        print(f"{cfg.network} names no sigma_init: sampled as a teacher, in many steps; if it is a one-step "
+              "generator, it needs --sigma-init", file=sys.stderr)  # fmt: skip
     device = state.device
     sample, evaluations = make_sampler(network.to(device), about, cfg.steps or 18)
     mine = seeds[state.process_index :: state.num_processes]

@@ -162,7 +162,10 @@ class Trainee:
         """Of the gradient, on the device."""
         if scaler := self.accelerator.scaler:  # fp16: a gradient that overflows is skipped, no divergence
             self.accelerator.unscale_gradients(self.optimiser)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.network.parameters()])
+        gradients = {name: p.grad for name, p in self.network.named_parameters()}
+        if idle := [name for name, gradient in gradients.items() if gradient is None]:
+            raise UserError(f"the loss does not depend on {idle[0]}, a parameter to be trained")
+        norm = torch.nn.utils.get_total_norm(gradients.values())
         norm = norm.full_tensor() if self.sharded else norm
         return norm.nan_to_num(0, 0, 0) if scaler else norm
 

@@ -8,7 +8,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-import types
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from snapshots import Reduced, edm_names, snapshot
 from torch import nn
 
 from edm import checkpoints
@@ -82,57 +82,14 @@ def peak_memory():
 # A file in EDM's format, written by Python's own pickler and torch's own tensors.
 
 
-class Reduced:
-    """Pickled as a call of function, with args."""
-
-    def __init__(self, function, *args):
-        self.function, self.args = function, args
-
-    def __reduce__(self):
-        return self.function, self.args
-
-
-def persistent(class_name, **state):
-    about = dict(type="class", version=6, module_src="raise SystemExit", class_name=class_name)
-    return Reduced(
-        sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, about | {"state": state}
-    )
-
-
-def stand_in(module, **more):
-    """What EDM's persistence would write of a module of ours."""
-    parts = dict(
-        _parameters={k: p if p is None else nn.Parameter(p.detach()) for k, p in module._parameters.items()},
-        _buffers=collections.OrderedDict(module._buffers, unused=None),
-        _modules={k: m and stand_in(m) for k, m in module._modules.items()},
-    )  # fmt: skip
-    if isinstance(module, nn.ModuleDict):
-        written = nn.ModuleDict()
-        written.__dict__.update(parts)
-        return written
-    return persistent(type(module).__name__, training=False, scale=np.float64(0.5), **parts, **more)
-
-
 @pytest.fixture
-def content(monkeypatch):
+def content():
     """The top level of such a file, and its network."""
-
-    def forbidden(*args):
-        raise AssertionError("executed")
-
-    forbidden.__module__, forbidden.__qualname__ = "torch_utils.persistence", "_reconstruct_persistent_obj"
-    package, module = types.ModuleType("torch_utils"), types.ModuleType("torch_utils.persistence")
-    module._reconstruct_persistent_obj, package.persistence = forbidden, module
-    monkeypatch.setitem(sys.modules, "torch_utils", package)
-    monkeypatch.setitem(sys.modules, "torch_utils.persistence", module)
     network = tiny(sigma_data=0.7)
-    kwargs = network.config | dict(sigma_data=np.float64(0.7), use_fp16=False, model_type="SongUNet")
-    kwargs |= dict(sigma_min=0, sigma_max=float("inf"))
-    ema = stand_in(network, _init_args=(), _init_kwargs=kwargs)
-    yield (
-        dict(ema=ema, loss_fn=persistent("EDMLoss", P_mean=-1.2), augment_pipe=None, dataset_kwargs={}),
-        network,
-    )
+    changes = dict(sigma_data=np.float64(0.7), use_fp16=False, model_type="SongUNet", sigma_min=0,
+                   sigma_max=float("inf"))  # fmt: skip
+    with edm_names():
+        yield snapshot(network, network.config | changes), network
 
 
 def state_of(ema, *path):
@@ -271,7 +228,9 @@ WRONG = {
     "negative": (lambda c: bias(c, size=(-2, -8), stride=(-8, 1)), "damaged, or|does not fill"),
     "stride": (lambda c: bias(c, size=(4, 4), stride=(1, 4)), "a tensor is not in C order"),
     "zero_stride": (lambda c: bias(c, stride=(0,)), "a tensor is not in C order"),
-    "float64": (lambda c: replace(c, bias=nn.Parameter(torch.ones(16).double())), "not in the one form"),
+    "int64": (lambda c: replace(c, bias=nn.Parameter(torch.ones(16).long(), False)), "not in the one form"),
+    "large": (lambda c: replace(c, bias=nn.Parameter(torch.full((16,), -4e38, dtype=torch.float64))),
+              "tensor model.map_layer0.bias has values beyond float32's range"),
     "not_finite": (lambda c: replace(c, bias=nn.Parameter(torch.full((16,), torch.inf))), "not finite"),
     "bare_number": (lambda c: replace(c, bias=3), "damaged, or of another kind"),
     "shared": (shared, "a module or storage occurs twice"),
@@ -297,27 +256,33 @@ def test_two_tensors_of_one_storage(content, tmp_path):
         load(dump(content[0], tmp_path / "a.pkl"))
 
 
+FLOATS = {"float16": 2, "float32": 4, "float64": 8}
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("count", [1, 255, 256, 65535, 65536])
-def test_storage(count):
+def test_storage(count, dtype):
     """Python pickles integers in one, two or four bytes."""
-    values = torch.randn(count)
-    assert torch.equal(read_storage(storage_bytes(values)), values)
+    values = torch.randn(count, dtype=getattr(torch, dtype))
+    found = read_storage(storage_bytes(values))
+    assert found.dtype == values.dtype and torch.equal(found, values)
 
 
-def test_every_byte_of_a_storage_counts():
-    data = storage_bytes(torch.randn(300))
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_every_byte_of_a_storage_counts(dtype):
+    data = storage_bytes(torch.randn(300, dtype=getattr(torch, dtype)))
     for length in range(len(data)):
         with pytest.raises(UserError):
             read_storage(data[:length])
     with pytest.raises(UserError):
-        read_storage(data + b"\0\0\0\0")
-    for i in range(len(data) - 4 * 300):
+        read_storage(data + bytes(FLOATS[dtype]))
+    for i in range(len(data) - FLOATS[dtype] * 300):
         for flip in (1, 2, 16, 128):
             with pytest.raises(UserError):
                 read_storage(data[:i] + bytes([data[i] ^ flip]) + data[i + 1 :])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64, torch.int32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.complex64, torch.int64, torch.int32, torch.int16])
 def test_storages_of_other_types(dtype):
     with pytest.raises(UserError, match="not in the one form"):
         read_storage(storage_bytes(torch.ones(3, dtype=dtype)))
@@ -345,6 +310,41 @@ def test_original_pickle():
     )
     assert (network(x, sigma, labels, augment) - want).abs().max() < 1e-5
     assert_sound(network)
+
+
+@pytest.mark.parametrize(
+    ("name", "largest"), [("augmented", 0), ("half", 2**-11), ("double", 2**-24)]
+)  # the rounding: of the file, of the reader
+def test_snapshots_of_other_precisions(name, largest, tmp_path, capsys):
+    """One network, written in three precisions: float32's copy of each, told in one line."""
+    checkpoints.tell.cache_clear()
+    path = reference(f"snapshot_{name}.pkl")
+    for _ in range(2):
+        network, about = load(path)
+    kind = {"half": "float16", "double": "float64"}.get(name)
+    assert capsys.readouterr().err == (f"{path}: its weights are {kind}; read as float32\n" if kind else "")
+    assert_sound(network)
+    assert about == {}
+    exact, _ = load(reference("snapshot_augmented.pkl"))
+    for key, tensor in network.state_dict().items():
+        want = exact.state_dict()[key]
+        assert ((tensor - want).abs() <= largest * want.abs() + 2**-25).all(), key
+
+
+def test_augmented_snapshot():
+    """The original's output, with the layer for augmentations, without it, and all of it converted."""
+    whole, _ = load(reference("snapshot_augmented.pkl"))
+    file = np.load(reference("snapshot_augmented.npz"))
+    x, sigma, labels, want = (torch.from_numpy(file[k]) for k in ("x", "sigma", "class_labels", "denoised"))
+    assert whole.model.map_augment.weight.shape == (8, 9)
+    assert (whole(x, sigma, labels) - want).abs().max() < 1e-5
+    assert torch.equal(whole(x, sigma, labels, torch.zeros(6, 9)), whole(x, sigma, labels))
+    assert (whole(x, sigma, labels, torch.ones(6, 9)) - want).abs().max() > 1e-3
+    plain = load(reference("snapshot_augmented.pkl"))[0].without_augmentation()
+    assert torch.equal(plain(x, sigma, labels), whole(x, sigma, labels))
+    assert {*whole.state_dict()} - {*plain.state_dict()} == {"model.map_augment.weight"}
+    assert_sound(plain)
+    assert plain.without_augmentation() is plain
 
 
 def test_pickle_of_newer_software():
@@ -548,6 +548,34 @@ def test_command_line(content, tmp_path):
     assert done.stdout == f"wrote out.safetensors: {what}"
     assert about == {"converted_from": "in.pkl"}
     assert_same(network, content[1])
+
+
+def test_convert_keeps_the_whole_augmented_teacher(tmp_path, capsys):
+    path, out = reference("snapshot_augmented.pkl"), tmp_path / "teacher.safetensors"
+    main(["convert", str(path), str(out)])
+    assert "149 entries" in capsys.readouterr().out
+    network, about = load(out)
+    assert_same(network, load(path)[0])
+    assert network.config["augment_dim"] == 9 and about == {"converted_from": path.name}
+
+
+def test_convert_notes_sigma_init(tmp_path, capsys):
+    path, out = reference("sid_student.pkl"), tmp_path / "student.safetensors"
+    for words in ([], ["--sigma-init", "2.5"]):
+        main(["convert", str(path), str(out), *words])
+        assert load(out)[1] == {"converted_from": path.name} | ({"sigma_init": 2.5} if words else {})
+        for again, code in ((2.5, 0), (2.4, bool(words))):  # a file keeps to what it names
+            try:
+                assert load(out, again)[1]["sigma_init"] == again and not code
+            except UserError as error:
+                assert code and str(error) == f"{out}: notes sigma_init 2.5, but --sigma-init says 2.4"
+        out.unlink()
+
+
+@pytest.mark.parametrize("sigma_init", [0.0, -2.5, float("nan"), float("inf")])
+def test_impossible_sigma_init(sigma_init, tmp_path):
+    with pytest.raises(UserError, match=f"--sigma-init must be positive, got {sigma_init}"):
+        load(tmp_path / "none.pkl", sigma_init)
 
 
 def test_show(tmp_path, capsys):

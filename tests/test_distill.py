@@ -22,6 +22,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from matplotlib.figure import Figure
+from snapshots import write_snapshot
 
 import sim_core as sim
 from edm import benchmark, checkpoints, distill, evaluate, plots, sample, train_teacher
@@ -34,6 +35,7 @@ from edm.trainer import Batches, Distiller, compiled, make_accelerator
 ROOT = Path(__file__).parents[1]
 UNET = dict(img_resolution=8, img_channels=1, label_dim=10, model_channels=8, channel_mult=(1,), num_blocks=1,
             attn_resolutions=(), dropout=0.0, channel_mult_emb=2)  # fmt: skip
+OTHER = dict(img_resolution=16, img_channels=3, label_dim=4, augment_dim=9)  # than a preset's
 TINY = dict(preset="digits", device="cpu", threads=1, data="", steps=4, batch=8, every=16, samples=20,
             lr=1e-3, fake_lr=2e-3, warmup=0, lr_end=0.0, ema_halflife=4000)  # fmt: skip
 
@@ -478,7 +480,8 @@ def folder(tmp_path_factory):
     checkpoints.save(path / "teacher.safetensors", network())
     checkpoints.save(path / "generator.safetensors", network(), sigma_init=2.5)
     checkpoints.save(path / "large.safetensors", network(img_resolution=16))
-    checkpoints.save(path / "unlabelled.safetensors", network(label_dim=0))
+    write_snapshot(path / "augmented.pkl", augmented := network(**OTHER), augmented.config)
+    checkpoints.save(path / "bare.safetensors", network(**OTHER).without_augmentation())
     (path / "cut.safetensors").write_bytes((path / "teacher.safetensors").read_bytes()[:-100])
     (path / "evil.pkl").write_bytes(b"\x80\x02cos\nsystem\nX\x0a\0\0\0touch evil\x85R.")
     return path
@@ -546,6 +549,33 @@ def test_a_run_leaves_what_it_promises(whole):
     assert about["teacher"] == str(whole.parent / "teacher.safetensors")
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_an_augmented_teacher_distils_as_without_its_layer(precision, here, capsys, tmp_path, monkeypatch):
+    """Nothing that is trained may hold the layer.  Of another size than the preset's, too, and resumed."""
+    one, other = teachers = "augmented.pkl", "bare.safetensors"
+    for steps, name in ((2, one), (4, one), (4, other)):
+        AcceleratorState._reset_state()
+        left = iter([False] * 2 + [True] * 2)  # of a signal
+        monkeypatch.setattr("edm.trainer.agree", lambda *_, left=left, steps=steps: steps == 2 and next(left))
+        assert run("--resume", teacher=name, out=tmp_path / name, precision=precision) == 0
+    printed = capsys.readouterr().out
+    words = "not as preset digits has it, and it counts: img_resolution 16, not 8, img_channels 3, not 1, "
+    assert words in printed and "going on from step 2" in printed
+    assert same(*(record(tmp_path / name) for name in teachers))
+    generator, teacher = (
+        checkpoints.load(file)[0] for file in (tmp_path / one / "generator.safetensors", one)
+    )
+    assert {*teacher.state_dict()} - {*generator.state_dict()} == {"model.map_augment.weight"}
+    assert generator.config["augment_dim"] == 0 and teacher.config["augment_dim"] == 9
+
+
+def test_a_parameter_without_gradient_is_named_in_one_line(here, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(EDMPrecond, "without_augmentation", lambda self: self)
+    assert run(teacher="augmented.pkl", out=tmp_path / "run") == 2
+    words = "error: the loss does not depend on model.map_augment.weight, a parameter to be trained"
+    assert capsys.readouterr().err.splitlines()[-1].endswith(words)
+
+
 def test_a_finished_run_resumes_to_itself(whole, here):
     before = record(whole)
     assert run("--resume", out="whole", steps=6) == 0 and same(record(whole), before)
@@ -608,8 +638,7 @@ WRONG = {  # words on the command line -> in the message
     "--teacher none.pkl": "none.pkl: No such file",
     "--teacher cut.safetensors": "cut.safetensors: damaged",
     "--teacher evil.pkl": "evil.pkl: ",
-    "--teacher large.safetensors": "large.safetensors has img_resolution 16, but preset digits means 8",
-    "--teacher unlabelled.safetensors": "unlabelled.safetensors has label_dim 0, but preset digits means 10",
+    "--teacher large.safetensors --data digits": "digits: its images are of resolution 8, not 16",
     "--teacher generator.safetensors": "generator.safetensors is a one-step generator, not a teacher",
     "--preset cifar10-cond --teacher=": "preset cifar10-cond needs --teacher",
     "--data none": "none: ",
@@ -753,6 +782,30 @@ def test_two_processes_compute_what_one_does(folder, here, tmp_path):
         numbers, ones = ([float(v) for v in r.values()] for r in (row, by_one))
         assert numbers == pytest.approx(ones, rel=1e-4, nan_ok=True)
     assert relative(mine[0], its[0]) < 1e-4  # the averages; psi's biases of no effect drift with rounding
+
+
+REFERENCE = ROOT.parent / "shared" / "reference" / "edm" / "snapshot_augmented.pkl"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("teacher", ["ours", "reference"])
+def test_the_command_on_an_augmented_teacher(teacher, folder, tmp_path):
+    """On one process and on two, whose numbers must agree; compiled, which may round otherwise."""
+    path = {"ours": folder / "augmented.pkl", "reference": REFERENCE}[teacher]
+    if not path.exists():
+        pytest.skip(f"needs the reference files in EDM's format: no {path}")
+    words = "--preset cifar10-cond --steps 3 --batch 8 --lr 1e-3 --fake-lr 1e-3 --device cpu --threads 1"
+    script, ends = [str(ROOT / "edm/distill.py"), *words.split(), "--teacher", str(path), "--out"], []
+    ways = [([], "one"), (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], "two")]
+    for launcher, *more in [*ways, *([([], "compiled", "--compile")] if teacher == "ours" else [])]:
+        made = [sys.executable, *launcher, *script, *more]
+        done = subprocess.run(made, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0 and done.stdout.count("finished after 3 steps") == 1, done.stderr
+        assert done.stdout.count("label_dim 4, not 10") == (teacher == "ours")
+        ends.append(record(tmp_path / more[0])[1][0])
+    one, *others = (end - flat(checkpoints.load(path)[0].without_augmentation()) for end in ends)
+    assert 5e-4 < one.abs().max() < 1e-2  # three steps of Adam
+    assert all(relative(other, one) < limit for other, limit in zip(others, (0.01, 0.1)))
 
 
 KILLED = """
