@@ -42,7 +42,7 @@ FIGURE2 = {  # title of the panel -> its arms
         for mark, weighting in (("", {}), ("-w", dict(weighting="sid")))
     }
     for levels, sigma, title in (("lognormal", "sim", "log-normal levels (B.10)"),
-                                 ("karras", "karras", "Karras' levels (B.8)"))
+                                 ("karras", "karras", "Karras' levels (SiD)"))
 }  # fmt: skip
 ARMS = {arm: changes for arms in FIGURE2.values() for arm, changes in arms.items()}
 ARMS |= {"default": {}, "bf16": dict(precision="bf16"), "no-share": dict(share=False)}

@@ -146,7 +146,11 @@ class TextTeacherTraining(Training):
 class Algorithm2(Training):
     """Algorithm 2, and the choices of B.2."""
 
-    method: str = option("sim", "loss of the generator", ("sim", "sid", "diff_instruct"))
+    method: str = option(
+        "sim",
+        "loss of the generator; diff_instruct with --weighting sid is DMD2's first term",
+        ("sim", "sid", "diff_instruct"),
+    )
     distance: str = option("pseudo_huber", "row of Table 4, for sim", sim.DISTANCES)
     c: float = option(None, "where pseudo_huber turns linear, in the units of --space")
     delta: float = option(None, "where huber turns linear, likewise")

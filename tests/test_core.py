@@ -439,6 +439,21 @@ def test_weightings():
     assert sim.sid_weight(x0, x0, torch.tensor([2.0]), "denoised").item() == pytest.approx(1e5)
 
 
+def test_dmd2s_distribution_matching_is_diff_instruct_weighted_by_w_sid():
+    """Its gradient at the samples: (D_fake - D_teacher) / mean |x0 - D_teacher|, DMD2, arXiv:2405.14867."""
+    rng = torch.Generator().manual_seed(0)
+    x0, fake, teacher, noise = torch.randn(4, 5, 3, 8, dtype=torch.float64, generator=rng)
+    sigma = 0.1 + torch.rand(5, dtype=torch.float64, generator=rng)
+    x0.requires_grad_()
+    networks = (lambda xt, sigma: teacher), (lambda xt, sigma: fake)
+    loss = sim.generator_loss(
+        *networks, x0, sigma, noise, sim.diff_instruct_loss, "denoised", weight=sim.sid_weight
+    )
+    (found,) = torch.autograd.grad(loss.sum(), x0)
+    expected = (fake - teacher) / (x0 - teacher).abs().mean((1, 2), keepdim=True)
+    assert (found - expected).abs().max() < 1e-14
+
+
 def test_samplers_follow_their_generator_and_refuse_nonsense():
     for draw in sim.SIGMA_DISTRIBUTIONS.values():
         a, b, c = (draw(16, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))

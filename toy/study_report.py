@@ -32,7 +32,7 @@ FIGURE2 = {  # noise levels -> label -> arm, colour, line
         "SiD": ("sid-sigma-sim", BLUE, "-"),
         "SiD with w_SiD": ("sid-sigma-sim-weight-sid", BLUE, "--"),
     },
-    "Karras (B.8)": {
+    "Karras (SiD)": {
         "SIM": ("sigma-karras", ORANGE, "-"),
         "SIM with w_SiD": ("sigma-karras-weight-sid", ORANGE, "--"),
         "SiD": ("sid-sigma-karras", BLUE, "-"),
