@@ -169,7 +169,7 @@ def classifier_features(images, cache):
     net, cache = SmallClassifier(images), Path(cache)
     code = [inspect.getsource(part) for part in (SmallClassifier, shifted, train_classifier)]
     origin = digest(images.images, images.labels, *code)
-    if cache.exists():
+    if cache.is_file():
         try:
             net.load_state_dict(read_cache(cache, origin))
             return net.eval().requires_grad_(False)

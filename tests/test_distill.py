@@ -22,6 +22,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from matplotlib.figure import Figure
+from PIL import Image
 from snapshots import write_snapshot
 
 import sim_core as sim
@@ -449,6 +450,8 @@ def test_folder_of_another_run(tmp_path):
     message = refused(out=tmp_path, resume=True, seed=1, lr=0.5, keep=7)
     assert message == f"{tmp_path} holds a run of other settings (seed 0, not 1; lr 0.001, not 0.5)"
     Run(config(out=tmp_path, resume=True, keep=7, threads=2, micro_batch=4, compile=True))  # decide no result
+    gc.collect()
+    Run(config(out=tmp_path, resume=True, samples=99, data="digits", evaluate_every=8))  # nothing trained
     for damaged in ("", "{", "[]"):
         (tmp_path / "config.json").write_text(damaged)
         assert "config.json is damaged" in refused(out=tmp_path, resume=True)
@@ -482,6 +485,13 @@ def folder(tmp_path_factory):
     checkpoints.save(path / "large.safetensors", network(img_resolution=16))
     write_snapshot(path / "augmented.pkl", augmented := network(**OTHER), augmented.config)
     checkpoints.save(path / "bare.safetensors", network(**OTHER).without_augmentation())
+    checkpoints.save(path / "unlabelled.safetensors", network(label_dim=0))
+    for name, count, labels in (("few", 4, 4), ("mute", 20, 0)):  # data sets: too small, without labels
+        (path / name).mkdir()
+        for i in range(count):
+            Image.new("L", (8, 8), 12 * i).save(path / name / f"{i}.png")
+        labelled = [[f"{i}.png", i % 10] for i in range(labels)] or None
+        (path / name / "dataset.json").write_text(json.dumps({"labels": labelled}))
     (path / "cut.safetensors").write_bytes((path / "teacher.safetensors").read_bytes()[:-100])
     (path / "evil.pkl").write_bytes(b"\x80\x02cos\nsystem\nX\x0a\0\0\0touch evil\x85R.")
     return path
@@ -634,6 +644,132 @@ def test_divergence_stops_and_keeps_a_good_checkpoint(changes, here, capsys, tmp
     assert state is None or all(v.isfinite().all() for v in state["generator"]["network"].values())
 
 
+# ----------------------------------------------------------------------------------------------
+# --evaluate-every.  The features are 64 pixels: no classifier to train.
+
+
+class Pixels(torch.nn.Module):
+    num_features = 64
+
+    def forward(self, images):
+        return images.flatten(1).float() / 255
+
+    def probabilities(self, images):
+        return self(images)[:, :10].softmax(1)
+
+
+SCORED = dict(data="digits", samples=64, evaluate_every=16, steps=6, seed=3)
+
+
+@pytest.fixture
+def pixels(here, monkeypatch):
+    monkeypatch.setattr(evaluate, "classifier_features", lambda data, cache: Pixels())
+
+
+def fds(out):
+    return [float(row["fd"]) for row in csv.DictReader((Path(out) / "log.csv").read_text().splitlines())]
+
+
+def same_best(*folders):
+    """Weights and notes, but for the teacher's path."""
+    (a, about), (b, its) = (checkpoints.load(Path(f) / "generator-best.safetensors") for f in folders)
+    return torch.equal(flat(a), flat(b)) and about | {"teacher": 0} == its | {"teacher": 0}
+
+
+def score(path):
+    """evaluate.py's distance of a generator."""
+    given = dict(student=str(path), data="digits", samples=64, device="cpu")
+    return evaluate.compare(evaluate.Settings(**given))["student"]["fd"]
+
+
+def test_scores_on_the_way_are_the_averages_and_change_no_bit_of_the_training(pixels, tmp_path):
+    assert run(out=tmp_path / "plain", **SCORED | dict(evaluate_every=0)) == 0
+    assert run(out=tmp_path / "scored", **SCORED) == 0
+    plain, scored = record(tmp_path / "plain"), record(tmp_path / "scored")
+    found = [float(row.pop("fd")) for row in scored[0]]
+    assert same(plain, scored) and "fd" not in plain[0][0]
+    assert [math.isfinite(v) for v in found] == [False, True] * 3
+    metrics = json.loads((tmp_path / "scored/metrics.json").read_text())
+    assert found[-1] == pytest.approx(metrics["student_fd"], rel=1e-5)
+    best = min(found[1::2])
+    assert (
+        metrics["best_fd"] == pytest.approx(best, rel=1e-5) and found.index(best) == metrics["best_step"] - 1
+    )
+    path = tmp_path / "scored/generator-best.safetensors"
+    assert (
+        score(path) == pytest.approx(best, rel=1e-5) and checkpoints.load(path)[1]["fd"] == metrics["best_fd"]
+    )
+    assert [*(tmp_path / "plain").glob("*best*")] == []
+
+
+def test_the_best_is_kept_when_it_is_not_the_last(pixels, tmp_path, monkeypatch):
+    values, judged = iter([3.0, 1.0, 2.0]), []
+
+    def judge(self, name, network, about):
+        judged.append(flat(network).clone())
+        return {"fd": next(values)}
+
+    monkeypatch.setattr(evaluate.Judge, "__call__", judge)
+    monkeypatch.setattr(distill, "compare", lambda *given: {})
+    assert run(out=tmp_path / "a", **SCORED) == 0
+    network, about = checkpoints.load(tmp_path / "a/generator-best.safetensors")
+    assert torch.equal(flat(network), judged[1]) and not torch.equal(judged[1], judged[2])
+    assert (about["fd"], about["steps"], about["sigma_init"]) == (1.0, 4, 2.5)
+    assert len([v for v in fds(tmp_path / "a") if math.isfinite(v)]) == 3
+
+
+def test_a_stopped_run_keeps_its_best_and_takes_other_samples(pixels, tmp_path, monkeypatch, capsys):
+    assert run(out=tmp_path / "whole", **SCORED) == 0
+    step = Distiller.step
+
+    def stopped(self, n):
+        if n == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, n)
+
+    monkeypatch.setattr(Distiller, "step", stopped)
+    assert run(out=tmp_path / "cut", **SCORED) == 0
+    monkeypatch.setattr(Distiller, "step", step)
+    assert run("--resume", out=tmp_path / "cut", **SCORED) == 0
+    assert same(record(tmp_path / "cut"), record(tmp_path / "whole"))
+    assert same_best(tmp_path / "cut", tmp_path / "whole")
+    capsys.readouterr()
+    before = record(tmp_path / "cut")
+    assert run("--resume", out=tmp_path / "cut", **SCORED | dict(samples=32)) == 0
+    assert "by other --data or --samples; the choice begins anew" in capsys.readouterr().out
+    assert same(record(tmp_path / "cut"), before)
+    assert json.loads((tmp_path / "cut/metrics.json").read_text())["samples"] == 32
+
+
+def test_data_of_its_own_teacher_are_not_exchanged(here, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(PRESETS["digits"], "network", UNET)
+    monkeypatch.setitem(PRESETS["digits"], "teacher", dict(steps=2, batch=8, lr=1e-3, every=16))
+    monkeypatch.setattr(distill, "compare", lambda *given: {})
+    assert run(out=tmp_path / "run", teacher="", data="digits", steps=1) == 0
+    (tmp_path / "other").mkdir()
+    for i in range(10):
+        Image.new("L", (8, 8), 20 * i).save(tmp_path / f"other/{i}.png")
+    labels = {"labels": [[f"{i}.png", i] for i in range(10)]}
+    (tmp_path / "other/dataset.json").write_text(json.dumps(labels))
+    files = lambda: {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+    before = files()
+    assert run("--resume", out=tmp_path / "run", teacher="", data=str(tmp_path / "other"), steps=1) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert f"run/teacher holds a run of other settings (data 'digits', not '{tmp_path}/other')" in err
+    assert files() == before
+    assert run("--resume", out=tmp_path / "run", teacher="", data="digits", steps=1, samples=30) == 0
+
+
+def test_nothing_is_written_outside_out(folder, here, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    teacher, before = str(folder / "teacher.safetensors"), sorted(folder.iterdir())
+    assert run(out=tmp_path / "run", teacher=teacher, data="digits", steps=1) == 0
+    assert [*(tmp_path / "empty").iterdir()] == [] and sorted(folder.iterdir()) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "run"]
+    assert (tmp_path / "run/classifier-digits.safetensors").exists()
+
+
 WRONG = {  # words on the command line -> in the message
     "--teacher none.pkl": "none.pkl: No such file",
     "--teacher cut.safetensors": "cut.safetensors: damaged",
@@ -643,11 +779,18 @@ WRONG = {  # words on the command line -> in the message
     "--preset cifar10-cond --teacher=": "preset cifar10-cond needs --teacher",
     "--data none": "none: ",
     "--data none --teacher=": "none: ",
+    "--data few": "few: 4 images, but an evaluation needs at least 5",
+    "--data mute": "mute: has no labels, which the classifier of an evaluation needs",
+    "--data mute --teacher=": "mute: 0 classes, but the network takes 10",
+    "--samples 4 --data digits": "--samples must be at least 5, got 4",
+    "--evaluate-every 8": "--evaluate-every needs --data",
+    "--device mps": "--device mps: no MPS device here",
+    "--device meta": "invalid choice: 'meta'",
     "--preset imagenet": "invalid choice: 'imagenet'",
     "--learning-rate 1": "unrecognized arguments: --learning-rate",
     "--micro-batch 3": "--micro-batch 3 does not divide 8",
     "--device cuda": "--device cuda: no CUDA device here",
-    "--precision fp16": "--precision fp16 is for GPUs",
+    "--precision fp16": "--precision fp16 is for GPUs with CUDA",
     "--lr=-1": "--lr must be positive, got -1.0",
     "--fake-lr nan": "--fake-lr must be positive, got nan",
     "--steps 0": "--steps must be at least 1, got 0",
@@ -738,7 +881,8 @@ for n in range(3):
 weights = [t.flat(made.network) for made in (task.fake, task.generator, task.ema)]
 torch.save((found, weights), f"rank{task.accelerator.process_index}.pt")
 t.quick()
-sys.exit(t.run(out="two", teacher=sys.argv[1], steps=3))
+t.evaluate.classifier_features = lambda data, cache: t.Pixels()
+sys.exit(t.run(out="two", teacher=sys.argv[1], **t.SCORED | dict(steps=3, samples=65)))
 """
 ACCUMULATIONS = [(0, True), (2, True), (1, False)]
 
@@ -763,7 +907,7 @@ def shrink():
 
 
 @pytest.mark.slow
-def test_two_processes_compute_what_one_does(folder, here, tmp_path):
+def test_two_processes_compute_what_one_does(folder, pixels, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words = [*torchrun, script(tmp_path / "two.py", TWO), str(folder / "teacher.safetensors")]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
@@ -775,12 +919,13 @@ def test_two_processes_compute_what_one_does(folder, here, tmp_path):
         for name, g in gradients(share=share).items():
             for mine in (found, other):
                 assert relative(mine[micro_batch, share][name], g) < 1e-9, (micro_batch, share, name)
-    assert run(out=tmp_path / "one", steps=3) == 0
+    assert run(out=tmp_path / "one", **SCORED | dict(steps=3, samples=65)) == 0
     (rows, mine), (expected, its) = record(tmp_path / "two"), record(tmp_path / "one")
     assert [list(row) for row in rows] == [list(row) for row in expected]
     for row, by_one in zip(rows, expected):
         numbers, ones = ([float(v) for v in r.values()] for r in (row, by_one))
         assert numbers == pytest.approx(ones, rel=1e-4, nan_ok=True)
+    assert math.isfinite(float(rows[1]["fd"])) and "fd" in expected[1]
     assert relative(mine[0], its[0]) < 1e-4  # the averages; psi's biases of no effect drift with rounding
 
 
@@ -819,7 +964,8 @@ def dying(*names):  # the moments in which a file takes its name
 os.replace = dying
 t.shrink()
 print("ready", flush=True)
-sys.exit(t.run("--resume", out=sys.argv[1], teacher="", data="digits", steps=12))
+t.evaluate.classifier_features = lambda data, cache: t.Pixels()
+sys.exit(t.run("--resume", out=sys.argv[1], teacher="", data="digits", steps=12, evaluate_every=16))
 """
 
 
@@ -850,6 +996,7 @@ def test_killed_at_any_instant_and_resumed_ends_in_the_same_bits(tmp_path):
     assert same(record(tmp_path / "broken"), record(tmp_path / "whole"))
     teachers = [tmp_path / name / "teacher/teacher.safetensors" for name in ("broken", "whole")]
     assert torch.equal(*(flat(checkpoints.load(file)[0]) for file in teachers))
+    assert same_best(tmp_path / "broken", tmp_path / "whole")
     assert not [*tmp_path.rglob("tmp-*")]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from edm import checkpoints, evaluate, metrics
@@ -136,8 +137,18 @@ def test_precision_and_recall_of_same_disjoint_and_half_covered_data():
 def test_class_histogram_and_too_few_images():
     images = torch.tensor([[0, 9, 0, 0]] * 5 + [[9, 0, 0, 0]] * 2).reshape(7, 1, 2, 2).byte()
     assert judge(images, images)["class_histogram"] == [2, 5, 0]
-    with pytest.raises(UserError, match="4 images are too few"):
-        judge(images[:4], images)
+    for some, data in ((images[:4], images), (images, images[:4])):
+        with pytest.raises(UserError, match="4 images are too few"):
+            judge(some, data)
+
+
+@pytest.mark.parametrize(("function", "least"), [
+    (lambda x: metrics.frechet_distance(x, x), 2), (lambda x: metrics.frechet_distance(x, normal(9, 3)), 2),
+    (metrics.data_floor, 4), (metrics.neighbour_radii, 4)])  # fmt: skip
+def test_each_metric_says_its_least_number(function, least):
+    function(normal(least, 3))
+    with pytest.raises(UserError, match=f"at least {least} images"):
+        function(normal(least - 1, 3))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -306,6 +317,26 @@ def test_classifier_needs_labels():
         metrics.SmallClassifier(Images(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), None, "some data"))
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_classifier_of_very_few_images(digits, tmp_path, count):
+    few = Images(digits.images[:count], digits.labels[:count], "few")
+    if count > 1:
+        assert metrics.classifier_features(few, tmp_path / "c.safetensors").num_features == 64
+    else:
+        with pytest.raises(UserError, match="few: a classifier needs at least 2 images"):
+            metrics.classifier_features(few, tmp_path / "c.safetensors")
+        assert not [*tmp_path.iterdir()]
+
+
+def test_a_cache_that_cannot_be_written_is_told_before_the_training(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "train_classifier", lambda images: pytest.fail("trained"))
+    (tmp_path / "file").touch()
+    for cache in (tmp_path / "file/c.safetensors", "/proc/none/c.safetensors"):
+        with pytest.raises(UserError, match=f"{cache}: cannot be written"):
+            metrics.classifier_features(digits, cache)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
 # ----------------------------------------------------------------------------------------------
 # The command line.
 
@@ -327,6 +358,10 @@ def files(tmp_path, classifier_file, monkeypatch):
         net, teacher = tiny_network(*shape), f"{name}teacher.safetensors"
         checkpoints.save(teacher, net)
         checkpoints.save(f"{name}student.safetensors", net, sigma_init=2.5, teacher=teacher)
+    for name, count in (("few", 4), ("mute", 6)):
+        Path(name).mkdir()
+        for i in range(count):
+            Image.new("L", (8, 8), 9 * i).save(f"{name}/{i}.png")
     return tmp_path
 
 
@@ -361,6 +396,14 @@ def test_numbers_of_student_teacher_and_data(files, classifier_file, capsys):
     assert sorted(p.name for p in files.glob("*metrics*")) == ["metrics.json"]
 
 
+def test_the_classifier_is_kept_beside_out_and_used_again(files, quick_training):
+    Path("kept").mkdir()
+    for out in ("kept/a.json", "kept/b.json"):
+        assert run(out=out) == 0
+    assert len(quick_training) == 1
+    assert sorted(os.listdir("kept")) == ["a.json", "b.json", "classifier-digits.safetensors"]
+
+
 def test_fid_with_inception_and_reference(files, inception_file, digits, capsys):
     net = metrics.Inception(inception_file)
     features = net(digits.images).double()
@@ -392,6 +435,11 @@ WRONG = {
     "reference alone": (dict(reference="ref.npz"), "needs --inception"),
     "not TorchScript": (dict(inception="student.safetensors"), "student.safetensors: damaged"),
     "few samples": (dict(samples=4), "--samples must be at least 5, got 4"),
+    "few images": (dict(data="few"), "few: 4 images, but an evaluation needs at least 5"),
+    "no labels": (dict(data="mute"), "mute: has no labels, which the classifier"),
+    "classifier in a file": (dict(classifier="few/0.png/c"), "few/0.png/c: cannot be written"),
+    "classifier is a folder": (dict(classifier="few"), "few: "),
+    "device": (dict(device="mps"), "--device mps: no MPS device here"),
     "steps": (dict(steps=1), "--steps must be at least 2, got 1"),
     "batch": (dict(batch=0), "--batch must be at least 1, got 0"),
 }

@@ -242,6 +242,8 @@ BAD = [
     (["--ema", "1"], "ema.*1"),
     (["--lr", "nan"], "lr.*nan"),
     (["--device", "abacus"], "abacus"),
+    (["--device", "meta"], "--device meta: torch cannot use it here"),
+    (["--device", "mps"], "--device mps: torch cannot use it here"),
     (["--nonsense"], "nonsense"),
     (["--method", "density", "--weighting", "sid"], "density"),
     (["--resume"], "resume"),

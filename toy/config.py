@@ -31,7 +31,7 @@ class Config:
     target: str = option("ring", "the distribution to learn", TARGETS)
     seed: int = option(0, "of everything random")
     # the generator's loss
-    method: str = option("sim", "density is SIM with theta on the density of xt: right for l1 too, but noisy; "
+    method: str = option("sim", "density is SIM with theta on the density of xt, right for l1 too but noisy; "
                          "diff_instruct with --weighting sid is DMD2's first term",
                          ("sim", "sid", "diff_instruct", "density"))  # fmt: skip
     distance: str = option("pseudo_huber", "row of Table 4, for sim and density", sim.DISTANCES)
