@@ -425,7 +425,6 @@ WRONG = {
     "no student": (dict(student="none.safetensors"), "none.safetensors: No such file"),
     "teacher for student": (dict(student="teacher.safetensors"), "not a one-step generator"),
     "student for teacher": (dict(teacher="student.safetensors"), "not a teacher"),
-    "unknown teacher": (dict(student="orphan.safetensors"), "give one with --teacher"),
     "teacher of other shape": (dict(teacher="colour_teacher.safetensors"), r"\(3, 8, 8\)"),
     "channels": (dict(student="colour_student.safetensors"), "1 channels"),
     "resolution": (dict(student="large_student.safetensors"), "digits: its images.* 8"),
