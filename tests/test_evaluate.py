@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -190,6 +191,16 @@ def test_inception_takes_uint8_of_one_or_three_channels(inception_file):
     assert torch.allclose(net.probabilities(gray).sum(1), torch.ones(5))
 
 
+def test_inception_names_what_it_needs_instead_of_nvidias_pickle(tmp_path):
+    path = tmp_path / "inception-2015-12-05.pkl"
+    path.write_bytes(pickle.dumps({"code": "raise SystemExit"}))
+    with pytest.raises(UserError) as error:
+        metrics.Inception(path)
+    assert re.fullmatch(
+        rf"{re.escape(str(path))}: a pickle.* TorchScript form, https://nvlabs-fi-cdn\.nvidia\.com/"
+        r"stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05\.pt", str(error.value))  # fmt: skip
+
+
 def test_inception_refuses_other_files(inception_file, tmp_path):
     torch.save({"a": torch.zeros(3)}, tmp_path / "saved.pt")
     (tmp_path / "text.pt").write_text("no network")
@@ -370,7 +381,7 @@ SETTINGS = dict(student="student.safetensors", data="digits", samples=30, steps=
 
 def argv(**changes):
     given = {k: v for k, v in (SETTINGS | changes).items() if v is not None}
-    return [word for k, v in given.items() for word in ("--" + k, str(v))]
+    return [word for k, v in given.items() for word in ("--" + k.replace("_", "-"), str(v))]
 
 
 def run(**changes):
@@ -404,6 +415,22 @@ def test_the_classifier_is_kept_beside_out_and_used_again(files, quick_training)
     assert sorted(os.listdir("kept")) == ["a.json", "b.json", "classifier-digits.safetensors"]
 
 
+def test_a_student_without_teacher_is_a_row_by_itself(files, classifier_file, capsys):
+    """Its numbers are those of the student that names one."""
+    assert run(classifier=classifier_file, out="both.json") == 0
+    checkpoints.save("foreign.safetensors", tiny_network())
+    for name, more in (("orphan", {}), ("foreign", {"sigma_init": 2.5})):
+        capsys.readouterr()
+        changes = dict(student=f"{name}.safetensors", out=f"{name}.json", classifier=classifier_file) | more
+        assert run(**changes) == 0
+        out = capsys.readouterr().out
+        assert re.search(r"student +1 .*\ndata ", out) and "teacher" not in out
+        both, found = (json.loads(Path(f"{file}.json").read_text()) for file in ("both", name))
+        assert {*both} - {*found} == {"teacher"} and found["settings"]["sigma_init"] == more.get("sigma_init")
+        for key in {*both["student"]} - {"seconds", "images_per_second"}:
+            assert found["student"][key] == both["student"][key]
+
+
 def test_fid_with_inception_and_reference(files, inception_file, digits, capsys):
     net = metrics.Inception(inception_file)
     features = net(digits.images).double()
@@ -423,7 +450,12 @@ def test_fid_with_inception_and_reference(files, inception_file, digits, capsys)
 
 WRONG = {
     "no student": (dict(student="none.safetensors"), "none.safetensors: No such file"),
-    "teacher for student": (dict(student="teacher.safetensors"), "not a one-step generator"),
+    "teacher for student": (
+        dict(student="teacher.safetensors"),
+        "not a one-step generator .it names no sigma_init.; if it is one, .* give its --sigma-init",
+    ),
+    "another sigma_init": (dict(sigma_init=2), "notes sigma_init 2.5, but --sigma-init says 2.0"),
+    "sigma_init of prompts": (dict(prompts="p", data=None, sigma_init=2), "--sigma-init: not with --prompts"),
     "student for teacher": (dict(teacher="student.safetensors"), "not a teacher"),
     "teacher of other shape": (dict(teacher="colour_teacher.safetensors"), r"\(3, 8, 8\)"),
     "channels": (dict(student="colour_student.safetensors"), "1 channels"),

@@ -224,7 +224,7 @@ def files(tmp_path, monkeypatch):
 
 def argv(**changes):
     given = dict(network="generator.safetensors", out="out.npz", seeds="0-4", device="cpu") | changes
-    return [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    return [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def run(**changes):
@@ -304,6 +304,38 @@ def test_released_pickle(files):
     assert run(network=REFERENCE / "tiny_cond_vp.pkl", steps=2) == 0
 
 
+def test_released_student(files, capsys):
+    """Of other authors: the original code's images, one-step only where --sigma-init says so."""
+    path, vectors = REFERENCE / "sid_student.pkl", REFERENCE / "sid_student.npz"
+    if not path.exists():
+        pytest.skip("needs the reference .pkl files, which are not part of the repository")
+    network, _ = checkpoints.load(path)
+    with np.load(vectors) as file:
+        z, labels, want = (torch.from_numpy(file[name]) for name in ("z", "class_labels", "images"))
+    made = network(2.5 * z, torch.full((6,), 2.5), labels)
+    assert (made - want).abs().max() < 1e-5
+    assert run(network=path, sigma_init=2.5, seeds="0-5") == 0
+    assert capsys.readouterr().out.count("1 evaluation per image") == 1
+    z, classes = latents(range(6), (3, 16, 16), 10)
+    by_hand = to_uint8(network(2.5 * z, torch.full((6,), 2.5), one_hot(classes, 10))).permute(0, 2, 3, 1)
+    with np.load("out.npz") as found:
+        assert np.abs(found["images"].astype(int) - by_hand.numpy()).max() <= 1
+        assert np.array_equal(found["labels"], classes)
+    assert run(network=path, seeds="0-5", steps=2, out="teacher.npz") == 0
+    out, err = capsys.readouterr()
+    assert "3 evaluations per image" in out
+    assert f"{path} names no sigma_init: sampled as a teacher, in many steps; if it is a one-step" in err
+
+
+def test_a_file_that_names_its_kind_is_no_matter_for_doubt(files, capsys):
+    checkpoints.save("ours.safetensors", tiny(), kind="teacher")
+    assert run(network="ours.safetensors", steps=2, seeds=0) == 0 and "sigma" not in capsys.readouterr().err
+    assert run(network="ours.safetensors", sigma_init=2.5, seeds=0, out="b.npz") == 0
+    assert run(sigma_init=2.5, seeds=0, out="c.npz") == 0  # what its file says, too
+    with np.load("b.npz") as found:
+        assert np.array_equal(found["images"].transpose(0, 3, 1, 2), expected("ours.safetensors", [0])[0])
+
+
 WRONG = {  # what is changed -> what is said
     "seed": (dict(seeds="0-3,x"), "--seeds: 'x' is neither a seed nor a range"),
     "no seed": (dict(seeds=""), "--seeds: '' is neither"),
@@ -315,6 +347,9 @@ WRONG = {  # what is changed -> what is said
     "batch": (dict(batch=0), "--batch must be at least 1, got 0"),
     "steps": (dict(network="teacher.safetensors", steps=0), "--steps must be at least 1, got 0"),
     "steps of one": (dict(steps=5), "generator.safetensors: a one-step generator, so --steps does not"),
+    "another sigma_init": (dict(sigma_init=2), "generator.safetensors: notes sigma_init 2.5, but"),
+    "negative sigma_init": (dict(sigma_init=0), "--sigma-init must be positive, got 0.0"),
+    "steps and sigma_init": (dict(network="teacher.safetensors", sigma_init=2.5, steps=5), "a one-step gen"),
     "label": (dict(labels=10), "--labels must be from 0 to 9 for generator.safetensors, got 10"),
     "negative label": (dict(labels=-1), "--labels must be from 0 to 9"),
     "no classes": (dict(network="plain.safetensors", labels=0), "plain.safetensors: has no classes"),
