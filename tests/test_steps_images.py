@@ -32,9 +32,10 @@ UNET = dict(img_resolution=8, img_channels=1, label_dim=10, model_channels=8, ch
 TINY = dict(device="cpu", threads=1, steps=3, batch=8, ema_rampup=1.0)
 METHODS = Distillation.__dataclass_fields__["method"].metadata["choices"]
 
-MANY = dict(seed=3, batch=6, lr=3e-3, fake_lr=5e-3, lr_rampup=20, lr_end=0.1, beta1=0.8, beta2=0.9, steps=4,
-            ema_halflife=12, c=3.0, space="noise", sigma_distribution="sim", weighting="edm", warmup=1,
-            fake_sigma_distribution="pixart", fake_updates=2, share=False, micro_batch=2, sigma_init=1.5)  # fmt: skip
+MANY = dict(seed=3, steps=4, batch=6, lr=3e-3, lr_rampup=20, lr_end=0.1, beta1=0.8, beta2=0.9,
+            ema_halflife=12, c=3.0, space="noise", sigma_distribution="pixart", weighting="edm", warmup=1,
+            fake_sigma_distribution="karras", fake_lr=5e-3, fake_updates=2, share=False, micro_batch=2,
+            sigma_init=1.5)  # fmt: skip
 OPTIONS = [  # each case is about its last option
     MANY, {},
     dict(seed=3), dict(steps=4), dict(batch=6), dict(lr=3e-3), dict(fake_lr=5e-3), dict(lr_rampup=20),
@@ -172,7 +173,7 @@ def test_a_network_without_labels():
 # The teacher's training.
 
 TEACHER_OPTIONS = [
-    dict(seed=3, steps=4, batch=6, lr=3e-3, lr_rampup=20, lr_end=0.1, beta1=0.5, ema_halflife=12, flip=True), {},
+    dict(seed=3, steps=4, batch=6, lr=3e-3, lr_rampup=20, lr_end=0.1, beta1=0.5, flip=True), {},
     dict(seed=3), dict(steps=4), dict(batch=6), dict(lr=3e-3), dict(lr_rampup=20), dict(lr_end=0.1),
     dict(beta1=0.5), dict(beta2=0.5), dict(ema_halflife=12), dict(ema_rampup=0.3), dict(flip=True),
 ]  # fmt: skip
