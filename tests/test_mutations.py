@@ -1,4 +1,4 @@
-"""Break the mathematics on purpose, one line at a time, and see the tests of the core fail."""
+"""Break the program on purpose, one line at a time, and see its tests fail."""
 
 import shutil
 import subprocess
@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.mutants import IMAGE_PARTS, IMAGE_RUNS, IMAGES, PLANE, PLANE_PARTS, TEXT
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,25 +69,80 @@ MUTATIONS = {  # what is broken: (line of sim_core.py, its replacement)
 }
 
 
-def run_core_tests(folder, source):
-    for name in ("pyproject.toml", "tests/test_core.py"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, folder / name)
-    (folder / "sim_core.py").write_text(source)
-    command = [sys.executable, *"-m pytest -n 0 -x -p no:cacheprovider tests/test_core.py".split()]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+SUITES = {  # the tests that must notice: what breaks
+    "test_core.py": {name: ("sim_core.py", *lines) for name, lines in MUTATIONS.items()},
+    "test_steps_2d.py": PLANE,
+    "test_toy.py": PLANE_PARTS,
+    "test_steps_images.py": IMAGES,
+    "test_distill.py": IMAGE_RUNS,
+    "test_networks.py test_sample.py": IMAGE_PARTS,
+    "test_distill_pixart.py test_pixart.py": TEXT,
+}
+BROKEN = [(tests, name) for tests, mutations in SUITES.items() for name in mutations]
+
+
+# Imports cost more than most of these tests: one process does them, and a fork of it runs each test.
+FORKS = """
+import importlib, os, signal, sys
+for name in sys.argv[1].split():
+    try:
+        importlib.import_module(name)
+    except ImportError:  # edm/requirements.txt is not installed
+        pass
+import pytest
+for line in sys.stdin:
+    if not (child := os.fork()):
+        folder, *tests = line.split()
+        os.chdir(folder)
+        sys.path.insert(0, folder)
+        signal.alarm(120)
+        out = os.open("out", os.O_WRONLY | os.O_CREAT)
+        os.dup2(out, 1), os.dup2(out, 2)
+        code = pytest.main(["-n", "0", "-x", "-p", "no:cacheprovider", *tests])
+        sys.stdout.flush(), os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+HEAVY = (
+    "numpy torch torch._dynamo torch.distributed.fsdp torch.distributed.checkpoint.state_dict hypothesis tqdm"
+)
+HEAVY += " matplotlib.pyplot PIL.Image scipy.linalg sklearn.datasets accelerate safetensors.torch"
+HEAVY += (
+    " diffusers.AutoencoderKL diffusers.PixArtTransformer2DModel transformers.T5EncoderModel torchmetrics"
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """run(tests, file, old, new) -> exit code and output of the tests where old is new in that file."""
+    command = [sys.executable, "-c", FORKS, HEAVY]
+    forks = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(tests, file="sim_core.py", old="", new=""):
+        source = (ROOT / file).read_text()
+        assert old in source, "the line has changed: update the mutation"
+        folder = tmp_path_factory.mktemp("copy")
+        copied = [*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), ROOT / "pyproject.toml"]
+        for path in copied:
+            (folder / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+            shutil.copy(path, folder / path.relative_to(ROOT))
+        (folder / file).write_text(source.replace(old, new) if old else source)
+        print(folder, *(f"tests/{name}" for name in tests.split()), file=forks.stdin, flush=True)
+        return int(forks.stdout.readline()), (folder / "out").read_text()
+
+    yield run
+    forks.stdin.close()
+    forks.wait()
 
 
 @pytest.mark.slow
-def test_the_core_as_it_is_passes(tmp_path):
-    assert run_core_tests(tmp_path, (ROOT / "sim_core.py").read_text()).returncode == 0
+@pytest.mark.parametrize("tests", SUITES)
+def test_the_program_as_it_is_passes(run, tests):
+    code, out = run(tests)
+    assert code == 0, out[-2000:]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_a_broken_core_is_caught(tmp_path, name):
-    source, (old, new) = (ROOT / "sim_core.py").read_text(), MUTATIONS[name]
-    assert old in source, "the line has changed: update the mutation"
-    result = run_core_tests(tmp_path, source.replace(old, new))
-    assert result.returncode == 1, f"{name} went unnoticed:\n{result.stdout[-2000:]}"
-    assert "1 failed" in result.stdout, result.stdout[-2000:]
+@pytest.mark.parametrize("tests, name", BROKEN)
+def test_a_broken_program_is_caught(run, tests, name):
+    code, out = run(tests, *SUITES[tests][name])
+    assert code == 1 and "1 failed" in out, f"{name} went unnoticed:\n{out[-2000:]}"

@@ -23,7 +23,11 @@ TINY = dict(
 VP = dict(sigma_distribution="vp", fake_sigma_distribution="vp", network="vp")
 METHODS = Config.__dataclass_fields__["method"].metadata["choices"]
 
+MANY = dict(target="grid", seed=3, c=0.7, sigma_distribution="pixart", weighting="edm", fake_updates=2, warmup=1,
+            fake_sigma_distribution="karras", steps=5, batch=24, lr=5e-3, fake_lr=0.01, beta2=0.9,
+            schedule="constant", ema=0.1, sigma_init=1.3)  # fmt: skip
 OPTIONS = [  # each case is about its last option
+    MANY, {},
     dict(target="grid"), dict(seed=3), *(dict(method=name) for name in METHODS[1:]),
     dict(distance="l2"), dict(distance="power"), dict(distance="exp"), dict(distance="l1"),
     dict(distance="huber"), dict(c=0.7), dict(distance="huber", delta=0.05), dict(distance="power", alpha=6),
@@ -148,7 +152,25 @@ def few_looks(monkeypatch):
     monkeypatch.setattr(logbook, "N_PROBE", 20)
 
 
-@pytest.mark.parametrize("options", [{}, *OPTIONS], ids=str)
+@pytest.mark.parametrize("options", [{}, dict(fake_sigma_distribution="sim"), VP, dict(width=12)], ids=str)
+def test_the_teacher_is_its_steps_by_hand(options):
+    cfg = config(teacher_steps=75, **options)
+    target, rng = make_target(cfg.target), torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    network = plain_network(cfg)
+    start, average, learner = flat(network), copy.deepcopy(network), Learner(network, 0.9, 0.99)
+    for step in range(75):
+        x0, sigma = target.sample(16, rng), draw_sigma(cfg.fake_sigma_distribution, 16, rng)
+        losses = denoising_loss(cfg, network, x0, sigma, torch.randn(16, 2, generator=rng))
+        learner.learn(losses, 5e-3 * cosine(step, 75))
+        follow(average, network, ramp(1 - 1 / (0.02 * 75), step))
+    torch.manual_seed(0)
+    found = train_2d.train_teacher(cfg, target, torch.Generator().manual_seed(0), batch=16)
+    assert relative(flat(found) - start, flat(average) - start) < 1e-3
+    assert not any(p.requires_grad for p in found.parameters())
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_run_is_its_steps_by_hand(tmp_path, options):
     cfg = config(**options)
     teacher, hand = make_teacher(cfg), run_by_hand(cfg)
@@ -179,22 +201,4 @@ def test_a_run_is_its_steps_by_hand(tmp_path, options):
 
 def test_every_option_has_its_case():
     decide = {f.name for f in dataclasses.fields(Config)} - {*MACHINE, "teacher_steps", "samples"}
-    assert {[*options][-1] for options in OPTIONS} == decide
-
-
-@pytest.mark.parametrize("options", [{}, dict(fake_sigma_distribution="sim"), VP, dict(width=12)], ids=str)
-def test_the_teacher_is_its_steps_by_hand(options):
-    cfg = config(teacher_steps=75, **options)
-    target, rng = make_target(cfg.target), torch.Generator().manual_seed(0)
-    torch.manual_seed(0)
-    network = plain_network(cfg)
-    start, average, learner = flat(network), copy.deepcopy(network), Learner(network, 0.9, 0.99)
-    for step in range(75):
-        x0, sigma = target.sample(16, rng), draw_sigma(cfg.fake_sigma_distribution, 16, rng)
-        losses = denoising_loss(cfg, network, x0, sigma, torch.randn(16, 2, generator=rng))
-        learner.learn(losses, 5e-3 * cosine(step, 75))
-        follow(average, network, ramp(1 - 1 / (0.02 * 75), step))
-    torch.manual_seed(0)
-    found = train_2d.train_teacher(cfg, target, torch.Generator().manual_seed(0), batch=16)
-    assert relative(flat(found) - start, flat(average) - start) < 1e-3
-    assert not any(p.requires_grad for p in found.parameters())
+    assert {[*options][-1] for options in OPTIONS if options} == decide
