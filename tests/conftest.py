@@ -10,7 +10,7 @@ NEEDED = ("accelerate", "diffusers", "PIL", "safetensors", "torchmetrics", "tran
 IMAGE_TESTS = [
     f"test_{name}.py"
     for name in (
-        *("checkpoints", "data", "distill", "evaluate", "networks", "preference_study", "sample"),
+        *("checkpoints", "data", "distill", "evaluate", "networks", "preference_study", "sample", "device"),
         *("pixart", "pixart_files", "prompts", "sample_pixart", "distill_pixart", "text_metrics"),
     )
 ]
