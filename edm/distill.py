@@ -193,7 +193,7 @@ def finish(cfg, accelerator, run, task, teacher_path, best):
                "teacher_seconds": json.loads(log.read_text())["seconds"] if trained else 0.0,
                "distill_seconds": run.history[-1]["seconds"]}  # fmt: skip
     metrics |= compare(cfg, path, teacher_path) if cfg.data else {}
-    if best and "steps" in best.found:  # else there was no score since the choice began anew
+    if best and "steps" in best.found:  # else, after a finished run, there was nothing to choose from
         metrics |= {"best_fd": best.found["fd"], "best_step": best.found["steps"]}
     if accelerator.is_main_process:
         write_json(run.path / "metrics.json", metrics | {"versions": versions()})

@@ -23,7 +23,8 @@ TINY = dict(
 VP = dict(sigma_distribution="vp", fake_sigma_distribution="vp", network="vp")
 METHODS = Config.__dataclass_fields__["method"].metadata["choices"]
 
-MANY = dict(target="grid", seed=3, c=0.7, sigma_distribution="pixart", weighting="edm", fake_updates=2, warmup=1,
+MANY = dict(target="grid", seed=3, c=0.7, sigma_distribution="pixart", weighting="edm", fake_updates=2,
+            warmup=1,
             fake_sigma_distribution="karras", steps=5, batch=24, lr=5e-3, fake_lr=0.01, beta2=0.9,
             schedule="constant", ema=0.1, sigma_init=1.3)  # fmt: skip
 OPTIONS = [  # each case is about its last option
