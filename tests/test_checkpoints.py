@@ -16,13 +16,13 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from snapshots import Reduced, edm_names, snapshot
 from torch import nn
 
 from edm import checkpoints
 from edm.checkpoints import load, main, read_pickle, read_storage, replacing, save
 from edm.config import UserError
 from edm.networks import ARCHITECTURES, EDMPrecond
+from tests.snapshots import Reduced, edm_names, snapshot
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference" / "edm"

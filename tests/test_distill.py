@@ -23,7 +23,6 @@ import torch
 from accelerate.state import AcceleratorState
 from matplotlib.figure import Figure
 from PIL import Image
-from snapshots import write_snapshot
 
 import sim_core as sim
 from edm import benchmark, checkpoints, distill, evaluate, plots, sample, train_teacher
@@ -32,6 +31,7 @@ from edm.data import Images, to_uint8
 from edm.networks import EDMPrecond, Generator
 from edm.runs import Run
 from edm.trainer import Batches, Distiller, compiled, make_accelerator
+from tests.snapshots import write_snapshot
 
 ROOT = Path(__file__).parents[1]
 UNET = dict(img_resolution=8, img_channels=1, label_dim=10, model_channels=8, channel_mult=(1,), num_blocks=1,

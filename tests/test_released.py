@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from snapshots import write_snapshot
 
 from edm import checkpoints
 from edm.data import one_hot, to_uint8
 from edm.networks import ARCHITECTURES, EDMPrecond
 from edm.sampler import latents
+from tests.snapshots import write_snapshot
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT.parent / "shared" / "reference" / "edm"
