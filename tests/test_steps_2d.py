@@ -164,7 +164,7 @@ def test_the_teacher_is_its_steps_by_hand(options):
         follow(average, network, ramp(1 - 1 / (0.02 * 75), step))
     torch.manual_seed(0)
     found = train_2d.train_teacher(cfg, target, torch.Generator().manual_seed(0), batch=16)
-    assert relative(flat(found) - start, flat(average) - start) < 1e-3
+    assert relative(flat(found) - start, flat(average) - start) < 1e-5  # 2e-5 from its last weights
     assert not any(p.requires_grad for p in found.parameters())
 
 
