@@ -1,6 +1,5 @@
-"""Algorithm 2 on images: its gradients by hand, accumulated, over processes; killed runs; wrong inputs."""
+"""Distillation of images: who moves, what a run leaves, over processes; killed runs; wrong inputs."""
 
-import copy
 import csv
 import gc
 import hashlib
@@ -27,10 +26,10 @@ from PIL import Image
 import sim_core as sim
 from edm import benchmark, checkpoints, distill, evaluate, plots, sample, train_teacher
 from edm.config import PRESETS, Distillation, TeacherTraining, Training, UserError, check, command_line, parse
-from edm.data import Images, to_uint8
+from edm.data import Images, load_images, to_uint8
 from edm.networks import EDMPrecond, Generator
 from edm.runs import Run
-from edm.trainer import Batches, Distiller, compiled, make_accelerator
+from edm.trainer import Batches, Distiller, Diverged, Recent, compiled, make_accelerator
 from tests.snapshots import write_snapshot
 
 ROOT = Path(__file__).parents[1]
@@ -139,104 +138,8 @@ def test_each_update_moves_its_own_network(micro_batch):
     assert not any(p.requires_grad for net in (task.teacher, task.ema.network) for p in net.parameters())
 
 
-def test_warm_up_moves_psi_alone_and_the_average_counts_from_its_end():
-    task = task_of(warmup=2, ema_rampup=0.5)
-    start, watch = flat(task.ema.network), Watch(task)
-    for n in (0, 1):
-        assert task.step(n)["generator_gradient"] == 0 and watch.moved() == {"fake"}
-    for n, images in ((2, 8), (3, 16)):
-        task.step(n)
-        assert watch.moved() == {"fake", "generator", "ema"}
-        kept = 0.5 ** (8 / (0.5 * images))
-        start = kept * start + (1 - kept) * flat(task.generator.network)
-        assert relative(flat(task.ema.network), start) < 1e-12
-
-
-def test_half_life_of_the_average():
-    task = task_of(ema_halflife=80)
-    first, theta = flat(task.ema.network), flat(task.generator.network)
-    for _ in range(10):
-        task.ema.update(10_000)  # ramped up long ago: 80 of 500 images
-    assert relative(flat(task.ema.network), (first + theta) / 2) < 1e-12
-
-
-@pytest.mark.parametrize("fake_updates", [1, 3])
-def test_learning_rates(fake_updates):
-    task = task_of(steps=10, lr_rampup=20, fake_updates=fake_updates)
-    for n, share in ((0, 0.0), (1, 8 / 20), (5, 1.0), (9, 1.0)):
-        task.step(n)
-        cosine = (1 + math.cos(math.pi * n / 10)) / 2
-        for trainee, peak in ((task.fake, 2e-3), (task.generator, 1e-3)):
-            assert trainee.optimiser.param_groups[0]["lr"] == pytest.approx(peak * share * cosine)
-    for end in (1.0, 0.25):
-        rates = [task_of(lr_end=end).generator.rate(images) for images in (0, 16, 32)]
-        assert rates == pytest.approx([1e-3, (1 + end) / 2 * 1e-3, end * 1e-3])
-
-
-def test_fake_updates_draw_anew_and_move_psi_each_time():
-    task, seen = task_of(fake_updates=3), []
-    draw = task.draw
-    task.draw = lambda *numbers: seen.append(numbers) or draw(*numbers)
-    task.step(5)
-    assert seen == [(5, 0), (5, 1), (5, 2)] and task.fake.optimiser.state_dict()["state"][0]["step"] == 3
-    seen.clear()
-    task.cfg = config(fake_updates=3, share=False)
-    task.step(6)
-    assert seen == [(6, 0), (6, 1), (6, 2), (6, 3)]
-
-
 # ----------------------------------------------------------------------------------------------
 # The gradients of a step.
-
-
-def gradient(loss, net):
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*net.parameters()])])
-
-
-@pytest.mark.parametrize("choice", [
-    dict(), dict(share=False), dict(weighting="edm"), dict(space="noise", c=0.7),
-    dict(space="score", weighting="edm", sigma_init=1.5)], ids=str)  # fmt: skip
-def test_gradients_of_a_step_are_those_of_algorithm_2(choice):
-    task, fresh = task_of(**choice), task_of(**choice)
-    task.step(3)  # psi moves, then theta; fresh keeps both as they were
-    start, theta, level = choice.get("sigma_init", 2.5), fresh.generator.network.denoiser, (-1, 1, 1, 1)
-
-    def drawn(update, kind):  # -> labels, sigma twice, noise, x0
-        z, sigma, noise, cond = (
-            fresh.draw(3, update)[k][0] for k in ("z", kind + "sigma", kind + "noise", "cond")
-        )
-        labels = cond["class_labels"]
-        return (
-            labels,
-            sigma,
-            sigma.double().view(level),
-            noise,
-            theta(start * z, torch.full((8,), start), labels),
-        )
-
-    labels, sigma, s, noise, x0 = drawn(0, "fake_")
-    x0 = x0.detach()
-    error = fresh.fake.network(x0 + s * noise, sigma, labels) - x0
-    loss = ((s**2 + 0.5**2) / (s * 0.5) ** 2 * error**2).sum() / 8
-    assert relative(task.gradients["fake"], gradient(loss, fresh.fake.network)) < 1e-6
-
-    labels, sigma, s, noise, x0 = drawn(0 if choice.get("share", True) else 1, "")
-    xt = x0 + s * noise
-    d_psi, d_q = (net(xt, sigma, labels) for net in (task.fake.network, task.teacher))
-    unit = s ** {"denoised": 0, "noise": 1, "score": 2}[choice.get("space", "denoised")]
-    y, c = (d_psi - d_q) / unit, choice.get("c", 0.1)
-    slope = y / ((y**2).sum((1, 2, 3), keepdim=True) + c**2).sqrt()
-    weight = 4 + 1 / s**2 if "weighting" in choice else 1
-    loss = -(weight * slope * (d_psi - x0) / unit).sum() / 8
-    assert relative(task.gradients["generator"], gradient(loss, theta)) < 1e-6
-
-
-@pytest.mark.parametrize("share", [True, False])
-def test_accumulation_reproduces_the_whole_batch(share):
-    whole = gradients(share=share)
-    for micro_batch in (2, 4):
-        for name, g in gradients(share=share, micro_batch=micro_batch).items():
-            assert relative(g, whole[name]) < 1e-9, (micro_batch, name)
 
 
 def test_micro_batch_must_divide_the_share():
@@ -268,30 +171,6 @@ def test_draws_depend_on_seed_step_and_update_alone():
     assert all(torch.equal(whole[k], torch.cat([s[k] for s in shares])) for k in whole)
     task = task_of(seed=1)
     assert not any(torch.equal(whole[k], v) for k, v in drawn(3, 0).items())
-
-
-CHOICES = [dict(distance=name) for name in sim.DISTANCES]
-CHOICES += [dict(space=name) for name in sim.SPACES]
-CHOICES += [dict(sigma_distribution=name, fake_sigma_distribution=name) for name in sim.SIGMA_DISTRIBUTIONS]
-CHOICES += [dict(weighting=name) for name in ("edm", "sid")]
-CHOICES += [dict(method="diff_instruct"), dict(method="sid", alpha=1.2), dict(fake_updates=2, share=False)]
-
-
-@pytest.mark.parametrize("choice", CHOICES, ids=str)
-def test_every_choice_trains(choice):
-    task = task_of(torch.float32, **choice)
-    watch = Watch(task)
-    for n in (0, 1):
-        numbers = task.step(n)
-        assert all(v.isfinite() for v in numbers.values()) and numbers["generator_gradient"] > 0
-        assert watch.moved() == {"fake", "generator", "ema"}
-    assert all(p.isfinite().all() for p in task.generator.network.parameters())
-
-
-def test_sid_at_alpha_1_is_half_of_squared_l2():
-    sid, l2 = gradients(method="sid", alpha=1.0), gradients(distance="l2")
-    assert relative(2 * sid["generator"], l2["generator"]) < 1e-9
-    assert relative(2 * gradients(method="sid", alpha=1.2)["generator"], l2["generator"]) > 0.01
 
 
 def test_bf16_gradients_are_close_to_float32s():
@@ -347,40 +226,6 @@ def teacher_task(**changes):
     task.gradients = {}
     watch(task, "teacher")
     return task, data
-
-
-@pytest.mark.parametrize("flip", [False, True])
-def test_teacher_denoises_the_data(flip, monkeypatch):
-    task, data = teacher_task(flip=flip)
-    seen, fake_loss, before = [], sim.fake_loss, copy.deepcopy(task.teacher.network)
-
-    def spy(*args, **cond):
-        seen.append((*args, cond))
-        return fake_loss(*args, **cond)
-
-    monkeypatch.setattr(sim, "fake_loss", spy)
-    loss, [(_, x0, sigma, noise, _, cond)] = task.step(5)["loss"], seen
-    images, mirrored = data.images / 127.5 - 1, 0
-    for image, label in zip(x0, cond["class_labels"].argmax(1)):
-        straight, mirror = ((other == image).all((1, 2, 3)).nonzero() for other in (images, images.flip(3)))
-        mirrored += len(mirror)
-        found = torch.cat([straight, mirror])
-        assert len(found) == 1 and data.labels[found.item()] == label
-    assert 0 < mirrored < 8 if flip else mirrored == 0
-    error = before(x0 + sigma.view(-1, 1, 1, 1) * noise, sigma, **cond) - x0
-    expected = (error.square().sum((1, 2, 3)) * (4 + 1 / sigma**2)).mean()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-
-
-def test_teachers_batch_accumulates_and_its_average_follows():
-    found = []
-    for micro_batch in (0, 2):
-        task, _ = teacher_task(micro_batch=micro_batch, ema_rampup=0.5)
-        start = flat(task.ema.network)
-        task.step(0)
-        found.append(task.gradients["teacher"])
-        assert relative(flat(task.ema.network), start / 4 + flat(task.teacher.network) * 3 / 4) < 1e-6
-    assert relative(*found) < 1e-5
 
 
 def test_teachers_average_is_its_own_network_in_bf16_too():  # accelerate patches the network that it prepares
@@ -557,6 +402,54 @@ def test_a_run_leaves_what_it_promises(whole):
     average = Generator(denoiser).state_dict()
     assert all(torch.equal(average[k], v) for k, v in state["ema"].items()) and about["sigma_init"] == 2.5
     assert about["teacher"] == str(whole.parent / "teacher.safetensors")
+    cfg = Distillation(**distill.DISTILLATIONS["digits"] | TINY | dict(steps=6))
+    task = distill.build(
+        cfg, make_accelerator(cfg), checkpoints.load(whole.parent / "teacher.safetensors")[0]
+    )
+    for n, row in enumerate(rows):  # test_steps_images.py knows the numbers of a step
+        found = {name: value.item() for name, value in task.step(n).items()}
+        assert {name: float(row[name]) for name in found} == pytest.approx(found, rel=1e-5)
+    assert torch.equal(flat(task.ema.network.denoiser), flat(denoiser))
+
+
+def test_a_teacher_is_trained_if_none_is_given(here, monkeypatch, tmp_path):
+    trained = dict(network=UNET, teacher=dict(steps=3, batch=8, lr=0.01, every=16))
+    monkeypatch.setitem(PRESETS, "digits", PRESETS["digits"] | trained)
+    monkeypatch.setattr(distill, "compare", lambda *args: {})
+    assert run(out=tmp_path / "run", teacher="", data="digits") == 0
+    cfg, data = TeacherTraining(device="cpu", threads=1, **trained["teacher"]), load_images("digits")
+    torch.manual_seed(0)
+    accelerator, net = make_accelerator(cfg), EDMPrecond(**UNET).to(memory_format=torch.channels_last)
+    examples = train_teacher.image_examples(cfg, accelerator.device, net, data)
+    task = train_teacher.TeacherTask(cfg, accelerator, net, examples)
+    for n in range(3):
+        task.step(n)
+    found = checkpoints.load(tmp_path / "run/teacher/teacher.safetensors")[0]
+    assert torch.equal(flat(found), flat(task.ema.network)) and not torch.equal(flat(found), flat(net))
+
+
+def test_what_is_looked_at_is_the_average(here, tmp_path):
+    task, z = task_of(torch.float32), torch.randn(4, 1, 8, 8)
+    cond = {"class_labels": torch.eye(10)[:4]}
+    task.ema.network.requires_grad_(True)
+    for p in task.ema.network.parameters():
+        p.data *= 0.9
+    pictures = plots.Pictures(Run(config(out=tmp_path)), task, z, cond)
+    x0 = task.ema.network(z, **cond)
+    assert torch.equal(pictures.samples(), x0)
+    found = pictures.look()
+    assert [found["sample_mean"], found["sample_std"]] == pytest.approx([x0.mean().item(), x0.std().item()])
+
+
+def test_the_log_has_means_over_steps_and_names_the_first_that_is_not_finite():
+    recent = Recent(make_accelerator(config()))
+    for value in (1.0, 3.0, 8.0):
+        recent.add({"a": torch.tensor(value), "b": torch.tensor(-value)})
+    assert recent.collect(7) == {"a": 4.0, "b": -4.0}
+    for value in (1.0, math.nan, math.inf):
+        recent.add({"a": torch.tensor(value)})
+    with pytest.raises(Diverged, match=r"no longer finite at step 8 \(a nan\)"):
+        recent.collect(9)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

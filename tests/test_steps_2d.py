@@ -17,31 +17,28 @@ from toy.config import MACHINE, Config, resolve
 from toy.mixtures import make_target
 from toy.networks import Denoiser, VPDenoiser, mlp, vp_betas, vp_sigmas
 
-TINY = dict(
-    steps=4, teacher_steps=5, warmup=2, batch=16, width=8, bank=32, fake_lr=0.03, samples=20, no_pictures=True
-)
+TINY = dict(steps=4, warmup=2, batch=16, width=8, bank=32, fake_lr=0.03, samples=20, no_pictures=True)
 VP = dict(sigma_distribution="vp", fake_sigma_distribution="vp", network="vp")
 METHODS = Config.__dataclass_fields__["method"].metadata["choices"]
 
-MANY = dict(target="grid", seed=3, c=0.7, sigma_distribution="pixart", weighting="edm", fake_updates=2,
-            warmup=1,
-            fake_sigma_distribution="karras", steps=5, batch=24, lr=5e-3, fake_lr=0.01, beta2=0.9,
+MANY = dict(target="grid", seed=3, c=0.7, sigma_distribution="pixart", fake_sigma_distribution="karras",
+            steps=5, weighting="edm", fake_updates=2, warmup=1, batch=24, lr=5e-3, fake_lr=0.01, beta2=0.9,
             schedule="constant", ema=0.1, sigma_init=1.3)  # fmt: skip
-OPTIONS = [  # each case is about its last option
-    MANY, {},
-    dict(target="grid"), dict(seed=3), *(dict(method=name) for name in METHODS[1:]),
+OPTIONS = [  # each case is about its last option, and the first ones see the most
+    MANY, {}, VP, dict(fake="exact"), dict(teacher="exact"), *(dict(method=name) for name in METHODS[1:]),
+    dict(method="sid", alpha=0.5), dict(distance="huber", delta=0.05), dict(distance="power", alpha=6),
+    dict(distance="exp", beta=2.0), dict(c=0.7), dict(space="score"), dict(weighting="sid"),
+    dict(sigma_distribution="vp"), dict(fake="exact", bank=8), dict(target="grid"), dict(seed=3),
     dict(distance="l2"), dict(distance="power"), dict(distance="exp"), dict(distance="l1"),
-    dict(distance="huber"), dict(c=0.7), dict(distance="huber", delta=0.05), dict(distance="power", alpha=6),
-    dict(distance="exp", alpha=4), dict(distance="exp", beta=2.0), dict(method="sid", alpha=0.5),
-    dict(method="density", distance="l2"), dict(method="density", space="score"), dict(space="noise"),
-    dict(space="score"), *(dict(sigma_distribution=name) for name in ("sim", "karras", "pixart", "vp")),
-    dict(weighting="edm"), dict(target="grid", weighting="edm"), dict(weighting="sid"),
-    dict(space="score", weighting="sid"), dict(method="sid", weighting="sid"), dict(teacher="exact"),
-    dict(fake="exact"), dict(fake="exact", bank=8), dict(fake="exact", space="noise"),
+    dict(distance="huber"), dict(distance="exp", alpha=4), dict(space="noise"),
+    dict(method="density", distance="l2"), dict(method="density", space="score"), dict(weighting="edm"),
+    *(dict(sigma_distribution=name) for name in ("sim", "karras", "pixart")),
+    dict(fake="exact", space="noise"), dict(target="grid", weighting="edm"),
+    dict(space="score", weighting="sid"), dict(method="sid", weighting="sid"),
     *(dict(fake_sigma_distribution=name) for name in ("sim", "karras", "pixart", "vp")),
     dict(fake_updates=3), dict(warmup=0), dict(warmup=5), dict(steps=6), dict(batch=24), dict(lr=5e-3),
     dict(fake_lr=1e-3), dict(beta2=0.9), dict(schedule="constant"), dict(ema=0.1), dict(ema=0.0),
-    VP, dict(width=12), VP | dict(width=12), dict(sigma_init=1.3),
+    dict(width=12), VP | dict(width=12), dict(sigma_init=1.3),
 ]  # fmt: skip
 
 
@@ -167,7 +164,7 @@ def test_the_teacher_is_its_steps_by_hand(options):
         follow(average, network, ramp(1 - 1 / (0.02 * 75), step))
     torch.manual_seed(0)
     found = train_2d.train_teacher(cfg, target, torch.Generator().manual_seed(0), batch=16)
-    assert relative(flat(found) - start, flat(average) - start) < 1e-3
+    assert relative(flat(found) - start, flat(average) - start) < 1e-5  # 2e-5 from its last weights
     assert not any(p.requires_grad for p in found.parameters())
 
 

@@ -26,12 +26,12 @@ def lopsided(dim=2):
 # --- mixtures ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sigma", [0.0, 0.05, 0.7, 5.0])
-def test_density_is_that_of_the_blurred_components(sigma):
-    mixture, x = lopsided(), torch.randn(50, 2, generator=rng(), dtype=torch.float64)
+@pytest.mark.parametrize("sigma, dim", [(0.0, 2), (0.05, 1), (0.7, 3), (5.0, 2)])
+def test_density_is_that_of_the_blurred_components(sigma, dim):
+    mixture, x = lopsided(dim), torch.randn(50, dim, generator=rng(), dtype=torch.float64)
     by_hand = 0.0
     for mean, std, weight in zip(mixture.means, mixture.stds, mixture.weights):
-        covariance = (std**2 + sigma**2) * torch.eye(2, dtype=torch.float64)
+        covariance = (std**2 + sigma**2) * torch.eye(dim, dtype=torch.float64)
         by_hand += weight * torch.distributions.MultivariateNormal(mean, covariance).log_prob(x).exp()
     sigmas = torch.full((50,), sigma, dtype=torch.float64)
     assert (mixture.log_density(x, sigmas) - by_hand.log()).abs().max() < 1e-9
@@ -58,6 +58,12 @@ def test_denoiser_is_the_posterior_mean():
         assert mixture.denoiser(one, one.new_full((1,), sigma)).item() == pytest.approx(
             expected.item(), abs=0.01
         )
+
+
+def test_data_std_is_that_of_samples():
+    mixture = lopsided()
+    expected = mixture.sample(400_000, rng()).var(0).mean().sqrt().item()
+    assert mixture.data_std() == pytest.approx(expected, rel=0.01)
 
 
 def test_far_away_the_denoiser_stays_finite():
@@ -128,6 +134,13 @@ def test_vp_adapter_feeds_the_network_what_listing_1_does():
     assert (network(xt, sigma) - (xt - sigma[:, None] * epsilon)).abs().max() < 1e-4
 
 
+def test_heun_follows_the_flow_of_a_gaussian():
+    """x(0) = z sigma_max s / sqrt(s^2 + sigma_max^2) for N(0, s^2); Euler's rule is off by 7 %."""
+    z = torch.randn(100, 2, generator=rng())
+    x = heun(equal_mixture(torch.zeros(1, 2), 0.5).denoiser, z)
+    assert (x / z - 80 * 0.5 / math.hypot(80, 0.5)).abs().max() < 0.005
+
+
 def test_heun_with_the_exact_denoiser_samples_the_target():
     target = make_target("ring")
     x = heun(target.denoiser, torch.randn(4000, 2, generator=rng()))
@@ -155,6 +168,10 @@ def test_energy_floor_is_the_mean_over_data_sets():
     assert metrics.energy_floor(200, 200, within) == pytest.approx(mean, rel=0.1)
 
 
+def test_energy_floor_of_few_points():
+    assert metrics.energy_floor(4, 2, within=0.5) == pytest.approx((1 / 4 + 1 / 2) * 0.5 * 2)
+
+
 def test_energy_distance_grows_with_the_error():
     target = make_target("ring")
     x, y = target.sample(2000, rng()), target.sample(2000, rng(1))
@@ -169,6 +186,11 @@ def test_mode_metrics_see_lost_blurred_and_unbalanced_modes():
     one_mode = target.means[:1] + 0.1 * torch.randn(1000, 2, generator=rng())
     lost = metrics.mode_metrics(one_mode, target)
     assert lost["modes_covered"] == 1 and lost["mode_weight_error"] == pytest.approx(7 / 8)
+    off = 1.35 * target.means[1:2].repeat(10, 1)  # by 3.5 std
+    bad = metrics.mode_metrics(torch.cat([target.means[:1].repeat(100, 1), off]), target)
+    assert bad["modes_covered"] == 1 and bad["high_quality"] == pytest.approx(100 / 110)
+    few = torch.cat([target.means[:1].repeat(199, 1), target.means[1:2]])  # a 25th of its weight: not covered
+    assert metrics.mode_metrics(few, target)["modes_covered"] == 1
     blurred = metrics.mode_metrics(torch.randn(5000, 2, generator=rng()), target)
     assert blurred["high_quality"] < 0.6
 
@@ -179,7 +201,10 @@ def test_score_diagnostics_against_closed_forms():
     target = equal_mixture(torch.tensor([[0.3, 0.0]]), 0.5)
     fake = equal_mixture(torch.tensor([[0.0, 0.0]]), 0.5).denoiser  # a perfect online network
     teacher = equal_mixture(torch.tensor([[0.0, 0.2]]), 0.5).denoiser  # a wrong teacher
-    out = metrics.score_diagnostics(bank, target, teacher, fake, torch.randn(2000, 2, generator=rng(1)))
+    noise = torch.randn(2000, 2, generator=rng(1))
+    out = metrics.score_diagnostics(bank, target, teacher, fake, noise)
+    other = metrics.score_diagnostics(bank, target, teacher, teacher, noise)
+    assert all(other[k] == value for k, value in out.items() if "divergence" in k)
     for s in (0.5, 1.0):
         total = 0.25 + s**2
         assert out[f"divergence_{s:g}"] == pytest.approx((0.3 * s / total) ** 2, rel=0.25)
