@@ -125,7 +125,9 @@ def run(tmp_path_factory):
             (folder / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
             shutil.copy(path, folder / path.relative_to(ROOT))
         (folder / file).write_text(source.replace(old, new) if old else source)
-        print(folder, tests.replace("test_", "tests/test_"), file=forks.stdin, flush=True)
+        files, _, names = tests.partition(" -k ")
+        files = " ".join(f"tests/{name}" for name in files.split())
+        print(folder, f"{files} -k {names}", file=forks.stdin, flush=True)
         return int(forks.stdout.readline()), (folder / "out").read_text()
 
     yield run
