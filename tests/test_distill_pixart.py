@@ -124,9 +124,12 @@ def gradients(pipeline, **changes):
 
 @pytest.mark.parametrize("choice", [dict(), dict(guidance=3.0, fake_guidance=2.0, micro_batch=4)], ids=str)
 def test_each_update_moves_its_own_network(pipeline, choice):
-    task = task_of(pipeline, **choice)
+    task = task_of(pipeline, sigma_init=1.3, **choice)
     draw, watch = task.draw(0, 0), Watch(task)
     images = task.images(draw, keep_graph=task.batches.count == 1)
+    z, level = draw["z"][0].double(), torch.full((len(draw["z"][0]),), 1.3).double()
+    by_hand = task.generator.network.denoiser(1.3 * z, level, **draw["cond"][0])
+    assert relative(images[0], by_hand) < 1e-5
     task.update_fake(draw, images, 0)
     assert watch.moved() == {"fake"}
     task.update_generator(draw, None, 0)
