@@ -210,7 +210,9 @@ def main(cfg):
     teacher_path = find_teacher(cfg, accelerator)
     teacher = load_teacher(teacher_path)
     if words := differences(teacher, cfg.preset):
-        accelerator.print(f"{teacher_path} is not as preset {cfg.preset} has it, and it counts: {words}")
+        accelerator.print(
+            f"the teacher's own network counts, not that of preset {cfg.preset}: it has {words}"
+        )
     task = build(cfg, accelerator, teacher)
     pictures = plots.Pictures(run, task, *fixed_latents(task.teacher, task.device))
     best = Best(cfg, run, task, teacher_path) if cfg.evaluate_every else None

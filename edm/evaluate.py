@@ -72,10 +72,7 @@ class Settings:
 
 
 # For images, and for prompts: what only they take, defaults, least values.
-ONLY = (
-    ("data", "inception", "reference", "classifier", "sigma_init"),
-    ("clip", "aesthetic", "guidance", "precision"),
-)
+ONLY = ("data", "inception", "reference", "classifier"), ("clip", "aesthetic", "guidance", "precision")
 DEFAULTS = dict(samples=50_000, steps=18, batch=256), dict(steps=20, batch=4, guidance=4.5, precision="fp32")
 LEAST = dict(samples=LEAST_IMAGES, steps=2, batch=1), dict(samples=2)
 
@@ -91,7 +88,7 @@ def check(cfg):
     text = cfg.prompts is not None
     for name in ONLY[not text]:
         if getattr(cfg, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')}: {'not' if text else 'only'} with --prompts")
+            raise UserError(f"--{name}: {'not' if text else 'only'} with --prompts")
     if not (cfg.clip if text else cfg.data):
         raise UserError("--prompts needs --clip" if text else "one of --data and --prompts is needed")
     for name, least in LEAST[text].items():

@@ -119,9 +119,8 @@ def drawn(cfg, prompts, state):
 def compare(cfg, state):
     """Filled settings of evaluate.py, with prompts -> {"student": numbers, "teacher": numbers}."""
     quiet()
-    same = {k: getattr(cfg, k) for k in "student prompts steps guidance batch precision out".split()}
-    sigma_init = getattr(cfg, "sigma_init", None)
-    drawing = sample_pixart.Settings(teacher=cfg.teacher or "", sigma_init=sigma_init, **same)
+    same = "student sigma_init prompts steps guidance batch precision out".split()
+    drawing = sample_pixart.Settings(teacher=cfg.teacher or "", **{k: getattr(cfg, k) for k in same})
     sample_pixart.check(drawing)
     prompts = sample_pixart.find_prompts(cfg.prompts)[: cfg.samples]
     if len(prompts) < 2:

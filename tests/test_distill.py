@@ -462,7 +462,9 @@ def test_an_augmented_teacher_distils_as_without_its_layer(precision, here, caps
         monkeypatch.setattr("edm.trainer.agree", lambda *_, left=left, steps=steps: steps == 2 and next(left))
         assert run("--resume", teacher=name, out=tmp_path / name, precision=precision) == 0
     printed = capsys.readouterr().out
-    words = "not as preset digits has it, and it counts: img_resolution 16, not 8, img_channels 3, not 1, "
+    words = (
+        "network counts, not that of preset digits: it has img_resolution 16, not 8, img_channels 3, not 1, "
+    )
     assert words in printed and "going on from step 2" in printed
     assert same(*(record(tmp_path / name) for name in teachers))
     generator, teacher = (

@@ -455,7 +455,6 @@ WRONG = {
         "not a one-step generator .it names no sigma_init.; if it is one, .* give its --sigma-init",
     ),
     "another sigma_init": (dict(sigma_init=2), "notes sigma_init 2.5, but --sigma-init says 2.0"),
-    "sigma_init of prompts": (dict(prompts="p", data=None, sigma_init=2), "--sigma-init: not with --prompts"),
     "student for teacher": (dict(teacher="student.safetensors"), "not a teacher"),
     "teacher of other shape": (dict(teacher="colour_teacher.safetensors"), r"\(3, 8, 8\)"),
     "channels": (dict(student="colour_student.safetensors"), "1 channels"),

@@ -72,7 +72,7 @@ def test_a_released_teacher_becomes_a_generator_images_and_a_table(name, data, t
     try:
         words = f"--preset cifar10-{name[:-3]} --precision bf16 --device cpu --steps 1 --batch 2".split()
         out = command("distill.py", *words, "--teacher", path, "--out", run, cwd=tmp_path)
-        assert "finished after 1 steps" in out and "it counts" not in out
+        assert "finished after 1 steps" in out and "own network counts" not in out
 
         (teacher, _), (student, _) = map(checkpoints.load, (path, run / "generator.safetensors"))
         weights, moved = teacher.state_dict(), student.state_dict()

@@ -64,6 +64,7 @@ def folder(tmp_path_factory):
         folder / "student.safetensors", tiny(seed=5), sigma_init=2.5, teacher=str(folder / "teacher")
     )
     save_student(folder / "alone.safetensors", tiny(seed=5), sigma_init=2.5)
+    save_student(folder / "foreign.safetensors", tiny(seed=5))
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     (folder / "one.txt").write_text(PROMPTS[0])
     return folder
@@ -250,7 +251,7 @@ def here(tmp_path, monkeypatch):
 def argv(folder, **changes):
     given = dict(student=folder / "student.safetensors", prompts=folder / "prompts.txt",
                  clip=folder / "clip", aesthetic=folder / "head.pth", steps=3, batch=2) | changes  # fmt: skip
-    return [str(word) for k, v in given.items() if v is not None for word in (f"--{k}", v)]
+    return [str(word) for k, v in given.items() if v is not None for word in (f"--{k.replace('_', '-')}", v)]
 
 
 def run(folder, **changes):
@@ -302,6 +303,19 @@ def test_first_prompts_without_aesthetic_with_the_teacher_named(folder, here, ca
     assert one["student"]["clip_score"] == other["student"]["clip_score"]
     assert one["teacher"]["clip_score"] != other["teacher"]["clip_score"]
     assert re.search(r"student .* nan +nan ", capsys.readouterr().out)
+
+
+def test_a_student_of_others_takes_the_sigma_init_that_is_given(folder, here, capsys):
+    how = dict(aesthetic=None, teacher=folder / "teacher", samples=3)
+    assert run(folder, student=folder / "foreign.safetensors", **how) == 2
+    assert "give its --sigma-init" in capsys.readouterr().err
+    found = []
+    for name, more in (("alone", {}), ("foreign", dict(sigma_init=2.5)), ("foreign", dict(sigma_init=1.0))):
+        assert (
+            run(folder, student=folder / f"{name}.safetensors", out=f"{len(found)}.json", **more, **how) == 0
+        )
+        found.append(json.loads(Path(f"{len(found)}.json").read_text())["student"]["clip_score"])
+    assert found[0] == found[1] != found[2]
 
 
 def test_speed_is_of_all_calls_but_the_first(folder, here, monkeypatch):
