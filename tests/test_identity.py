@@ -89,3 +89,61 @@ def test_noise_grid_integrates_moments():
     assert weight.sum().item() == pytest.approx(1, abs=1e-14)
     assert (weight @ points.square()).tolist() == pytest.approx([1, 1], abs=1e-13)
     assert (weight @ points.prod(1)).abs() < 1e-14 and points.dtype == torch.float64
+
+
+# --- what the appendix leaves unsaid: the space of d, what a derivative holds, where gradients vanish ---
+
+LEVELS = (0.4, 2.0)
+
+
+def surrogate(bed, distance, space, level):
+    """The gradient of sim_core's surrogate at one noise level."""
+    fake = bed.law(bed.net(bed.z).detach()).denoiser
+
+    def integrand(x0, noise, sigma, means):
+        sigma = torch.full_like(sigma, level)
+        return sim.generator_loss(bed.teacher.denoiser, fake, x0, sigma, noise, distance, space)
+
+    return bed.gradient(integrand, 40)
+
+
+@pytest.mark.parametrize("s", LEVELS)
+def test_algorithm_2s_space_is_a_weight_for_powers_and_moves_the_bend_of_pseudo_huber(s):
+    bed, d = verify.TestBed(0), sim.DISTANCES
+    bend = d["pseudo_huber"](c=0.3), d["pseudo_huber"](c=0.3 / s**2), 2
+    for denoised, score, power in ((d["l2"](),) * 2 + (4,), (d["power"](),) * 2 + (8,), bend):
+        expected = s**power * surrogate(bed, score, "score", s)
+        assert verify.relative(surrogate(bed, denoised, "denoised", s), expected) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["pseudo_huber", "huber", "exp"])
+def test_where_d_bends_no_weights_of_the_levels_turn_one_space_into_the_other(name):
+    bed, d = verify.TestBed(0), sim.DISTANCES[name]()
+    denoised = sum(surrogate(bed, d, "denoised", s) for s in LEVELS)
+    score = torch.stack([surrogate(bed, d, "score", s) for s in LEVELS], 1)
+    best = score @ torch.linalg.lstsq(score, denoised[:, None]).solution[:, 0]
+    assert verify.relative(best, denoised) > 0.02
+    assert torch.cosine_similarity(score.sum(1), denoised, dim=0) < 0.9, "and with none they are far apart"
+
+
+def test_the_conditional_scores_gradient_vanishes_at_fixed_noise_alone():
+    bed, sigma = verify.TestBed(0), torch.full((6,), 0.7, dtype=torch.float64)
+    x0, (noise, w) = bed.net(bed.z), torch.randn(2, 6, 2, dtype=torch.float64)
+    xt, parameters = sim.add_noise(x0, sigma, noise), list(bed.net.parameters())
+    gradient = lambda s: verify.flat(torch.autograd.grad((w * s).sum(), parameters, retain_graph=True))
+    assert torch.allclose(sim.conditional_score(xt, x0, sigma), -noise / 0.7)
+    expected = gradient(x0 / 0.7**2)
+    assert gradient(sim.conditional_score(xt, x0, sigma)).norm() < 1e-12 * expected.norm()
+    assert verify.relative(gradient(sim.conditional_score(xt.detach(), x0, sigma)), expected) < 1e-12
+
+
+def test_where_the_scores_agree_the_gradient_is_0_if_that_of_d_is():
+    class Tilted(sim.DISTANCES["l2"]):
+        def grad(self, y):
+            return super().grad(y) + 1
+
+    bed = verify.TestBed(0)
+    bed.teacher = bed.law(bed.net(bed.z).detach())
+    tilted = surrogate(bed, Tilted(), "score", 0.7).norm()
+    for distance in sim.DISTANCES.values():
+        assert surrogate(bed, distance(), "score", 0.7).norm() < 1e-12 * tilted
