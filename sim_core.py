@@ -1,7 +1,7 @@
 """Score Implicit Matching (SIM): the mathematics, in one file.
 
-SIM (Luo et al., NeurIPS 2024, arXiv:2410.16794) turns a diffusion model into a one-step
-generator, without data.  Three networks, each with the paper's letter:
+SIM (Luo et al., NeurIPS 2024, arXiv:2410.16794) turns a diffusion model into a one-step generator,
+without data.  Three networks, each with the paper's letter:
 
     teacher    q      frozen; knows the score of the data
     fake       psi    the online network; learns the score of the generator's samples
@@ -12,31 +12,30 @@ One forward process, in EDM's form, and Tweedie's relation (B.3):
     xt = x0 + sigma * noise              D(xt; sigma) = E[x0 | xt]
     score(xt; sigma) = grad log p(xt; sigma) = (D(xt; sigma) - xt) / sigma**2
 
-Training alternates `fake_loss`, which moves psi, and `generator_loss`, which moves theta.
-The second rests on Theorem 3.1: with y = score_fake(xt) - score_teacher(xt),
+Training alternates `fake_loss`, which moves psi, and `generator_loss`, which moves theta.  The second
+rests on Theorem 3.1: with y = score_fake(xt) - score_teacher(xt),
 
     grad_theta E d(y)  =  grad_theta E -d'(y)^T (score_fake(xt) - grad log q(xt | x0)).
 
-On the left the law of xt is held still and theta moves the generator's score, which nobody
-can differentiate.  On the right theta moves xt and x0, which anybody can.
+On the left the law of xt is held still and theta moves the generator's score, which nobody can
+differentiate.  On the right theta moves xt and x0, which anybody can.
 
-Conventions.  Tensors are (B, *D) for any D; sigma is (B,), positive, in data units; norms and
-inner products sum over *D; losses return (B,) and the caller reduces.  dtype and device follow
-the inputs.  A denoiser is any callable denoiser(xt, sigma, **cond) that returns D like xt.
-Wrong shapes and values raise ValueError.  Numbers such as (B.3) are the paper's equations, in
-its appendix; README.md lists the few that need correcting.
+Conventions.  Tensors are (B, *D) for any D; sigma is (B,), positive, in data units; norms and inner
+products sum over *D; losses return (B,) and the caller reduces.  A denoiser is any callable
+denoiser(xt, sigma, **cond) that returns D like xt.  dtype and device follow the inputs, half precision is
+computed in float32, wrong inputs raise ValueError.  (B.3) is the paper's; README.md lists its slips.
 """
 
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce, wraps
 
 import torch
+from torch import Tensor
 
-
-def _dot(a, b):
-    """Inner product over all axes but the first: (B, *D), (B, *D) -> (B,)."""
-    return (a * b).unsqueeze(-1).flatten(1).sum(1)
+_flat = lambda y: y.reshape(len(y), math.prod(y.shape[1:]))  # (B, *D) -> (B, dimensions)
+_dot = lambda a, b: _flat(a * b).sum(1)  # inner product over *D; an einsum would leave float32 under autocast
+_wide = lambda v: v.to(torch.promote_types(v.dtype, torch.float32)) if torch.is_tensor(v) else v
 
 
 def _expand(values, like):
@@ -46,342 +45,309 @@ def _expand(values, like):
     return values.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
-def _expand_sigma(sigma, like):
-    """`_expand`, refusing sigma <= 0, inf and NaN wherever a look costs nothing: on the CPU,
-    outside torch.compile and vmap.  On an accelerator it would stall every step."""
-    if sigma.device.type == "cpu" and not torch.compiler.is_compiling():
-        bad = ~((sigma > 0) & (sigma < math.inf))
-        try:
-            if bad.any():
-                raise ValueError(f"sigma must be positive and finite, got {sigma[bad][0].item()}")
-        except RuntimeError:  # vmap hides the values
-            pass
-    return _expand(sigma, like)
-
-
-def _positive(**parameter):
-    for name, value in parameter.items():
+def _positive(**numbers):
+    for name, value in numbers.items():
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
-def _same_shape(**tensors):
-    if len({t.shape for t in tensors.values()}) > 1:
-        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
-        raise ValueError(f"shapes differ: {shapes}")
+def _check(name, value):
+    """A floating-point tensor; sigma > 0 and weight >= 0 wherever a look costs nothing: on the CPU,
+    outside torch.compile and vmap.  On an accelerator it would stall every step."""
+    if name == "weight" and isinstance(value, int | float):
+        value = torch.tensor(float(value))
+    if not (torch.is_tensor(value) and value.is_floating_point()):
+        raise ValueError(f"{name} must be a floating-point tensor, got {getattr(value, 'dtype', value)}")
+    hidden = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(value)
+    if name in ("sigma", "weight") and value.device.type == "cpu" and not hidden:
+        fits = (value < math.inf) & ((value >= 0) if name == "weight" else (value > 0))
+        if not fits.all():
+            raise ValueError(f"{name} must be positive and finite, got {value[~fits][0].item()}")
 
 
-# ----------------------------------------------------------------------------------------------
-# Distances d(y) and their gradients d'(y): Table 4.  value: (B, *D) -> (B,), grad: like y.
+def _formula(function, back=True):
+    """What all formulas share: arguments hinted as tensors are checked, and of one shape but for (B,)
+    sigma and weight; half precision is computed in float32, where squares have room, and cast back."""
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    hinted = [name for name in names if function.__annotations__.get(name) in (Tensor, float | Tensor)]
+
+    @wraps(function)
+    def checked(*args, **kwargs):
+        given = {name: value for name, value in (dict(zip(names, args)) | kwargs).items() if name in hinted}
+        for name, value in given.items():
+            _check(name, value)
+        alike = {name: value for name, value in given.items() if name not in ("sigma", "weight")}
+        if len({tensor.shape for tensor in alike.values()}) > 1:
+            raise ValueError(f"shapes differ: {', '.join(f'{n} {tuple(v.shape)}' for n, v in alike.items())}")
+        result = function(*map(_wide, args), **{name: _wide(value) for name, value in kwargs.items()})
+        return result.to(reduce(torch.promote_types, [v.dtype for v in alike.values()])) if back else result
+
+    return checked
+
+
+# --- Distances d(y) and their gradients d'(y): Table 4.
+class Distance:
+    """row(y) = d(y), d'(y), a row of Table 4.  value: (B, *D) -> (B,); grad: like y."""
+
+    def __post_init__(self):
+        _positive(**vars(self))
+        if getattr(self, "alpha", 2) % 2:
+            raise ValueError(f"alpha must be even, got {self.alpha}")
+
+    @_formula
+    def value(self, y: Tensor) -> Tensor:
+        return self.row(y)[0]
+
+    @_formula
+    def grad(self, y: Tensor) -> Tensor:
+        return self.row(y)[1]
 
 
 @dataclass(frozen=True)
-class SquaredL2:
+class SquaredL2(Distance):
     """d = ||y||^2,  d' = 2y."""
 
-    def value(self, y):
-        return _dot(y, y)
-
-    def grad(self, y):
-        return 2 * y
+    def row(self, y):
+        return _dot(y, y), 2 * y
 
 
 @dataclass(frozen=True)
-class Power:
+class Power(Distance):
     """d = ||y||_alpha^alpha = sum_i y_i^alpha,  d' = alpha y^(alpha-1), alpha even."""
 
     alpha: int = 4
 
-    def __post_init__(self):
-        if self.alpha < 2 or self.alpha % 2:
-            raise ValueError(f"alpha must be a positive even integer, got {self.alpha}")
-
-    def value(self, y):
-        return _dot(y ** (self.alpha - 1), y)
-
-    def grad(self, y):
-        return self.alpha * y ** (self.alpha - 1)
+    def row(self, y):
+        power = y ** (self.alpha - 1)
+        return _dot(power, y), self.alpha * power
 
 
 @dataclass(frozen=True)
-class Exp(Power):
-    """d = exp(beta |y|^alpha) - 1,  d' = alpha beta exp(beta |y|^alpha) y^(alpha-1).
+class Exp(Distance):
+    """d = exp(beta |y|^alpha) - 1,  d' = alpha beta exp(beta |y|^alpha) y^(alpha-1), |y|^alpha as in `Power`.
 
-    |y|^alpha is `Power`'s d.  (Table 4 forgets beta in d'.)  Nothing is clipped: once
-    beta |y|^alpha passes 88, or 709 in float64, d is inf, and d' is inf where y is not 0 and
-    NaN where it is.
-    """
+    Table 4 forgets beta in d'.  Nothing is clipped: past exp(88), exp(709) in float64, d' is inf, or NaN."""
 
     alpha: int = 2
     beta: float = 0.3
 
-    def __post_init__(self):
-        super().__post_init__()
-        _positive(beta=self.beta)
-
-    def value(self, y):
-        return torch.expm1(self.beta * super().value(y))
-
-    def grad(self, y):
-        growth = self.beta * torch.exp(self.beta * super().value(y))
-        return _expand(growth, y) * super().grad(y)
+    def row(self, y):
+        power, slope = Power.row(self, y)
+        growth = self.beta * torch.exp(self.beta * power)
+        return torch.expm1(self.beta * power), _expand(growth, y) * slope
 
 
 @dataclass(frozen=True)
-class L1:
-    """d = ||y||_1,  d' = sign(y).
+class L1(Distance):
+    """d = ||y||_1,  d' = sign(y).  Its jump biases `sim_loss`: see `density_loss`."""
 
-    Biased in `sim_loss`, and wherever Table 4 is differentiated as printed.  The theorem needs
-    the derivative of d'(y(xt)); where sign jumps that is a Dirac, which autograd takes for 0.
-    `density_loss` has the right gradient.  verify_identity.py measures both.
-    """
-
-    def value(self, y):
-        return _dot(y, y.sign())
-
-    def grad(self, y):
-        return y.sign()
+    def row(self, y):
+        return _dot(y, y.sign()), y.sign()
 
 
 @dataclass(frozen=True)
-class Huber:
+class Huber(Distance):
     """d = sum_i (y_i^2/2 if |y_i| <= delta else delta (|y_i| - delta/2)),  d' = y clipped."""
 
     delta: float = 0.5
 
-    def __post_init__(self):
-        _positive(delta=self.delta)
-
-    def value(self, y):
-        clipped = self.grad(y)
-        return _dot(clipped, y - clipped / 2)
-
-    def grad(self, y):
-        return y.clamp(-self.delta, self.delta)
+    def row(self, y):
+        clipped = y.clamp(-self.delta, self.delta)
+        return _dot(clipped, y - clipped / 2), clipped
 
 
 @dataclass(frozen=True)
-class PseudoHuber:
-    """d = sqrt(||y||^2 + c^2) - c,  d' = y / sqrt(||y||^2 + c^2).
+class PseudoHuber(Distance):
+    """d = sqrt(||y||^2 + c^2) - c,  d' = y / sqrt(||y||^2 + c^2).  (Table 4's factors 2 are spurious.)
 
-    The paper's choice: ||d'|| < 1, so that no sample outweighs the others.  c is the ||y|| at
-    which d turns from quadratic to linear; as c -> 0, d' -> y/||y||, and 0 at y = 0.
-    (Table 4's factors 2 are spurious; Algorithm 2 has them right.)
-    """
+    The paper's choice: ||d'|| < 1, so that no sample outweighs the others.  At ||y|| = c, d turns linear."""
 
     c: float = 0.1
 
-    def __post_init__(self):
-        _positive(c=self.c)
-
-    def _root(self, y):  # c^2 must not underflow to 0, where the root has no derivative
-        return torch.sqrt(_dot(y, y) + max(self.c**2, torch.finfo(y.dtype).tiny))
-
-    def value(self, y):
-        return _dot(y, y) / (self._root(y) + self.c)  # root - c without the cancellation
-
-    def grad(self, y):
-        return y / _expand(self._root(y), y)
+    def row(self, y):
+        peak = _flat(y.detach().abs()).amax(1)
+        scale = torch.where(peak > 1e15, peak, 1.0)  # so that no square overflows
+        floor = max(self.c**2, torch.finfo(y.dtype).tiny)  # c^2; at 0 the root has no derivative
+        unit = y / _expand(scale, y)
+        root = torch.sqrt(_dot(unit, unit) + floor / scale**2)
+        return _dot(unit, y) / (root + self.c / scale), unit / _expand(root, y)  # root - c, uncancelled
 
 
-DISTANCES = {"l2": SquaredL2, "power": Power, "exp": Exp}
-DISTANCES |= {"l1": L1, "huber": Huber, "pseudo_huber": PseudoHuber}
+DISTANCES = dict(l2=SquaredL2, power=Power, exp=Exp, l1=L1, huber=Huber, pseudo_huber=PseudoHuber)
 
 
-def make_distance(name, **parameters):
-    """make_distance("power", alpha=6).  ValueError for an unknown name or an unfit parameter."""
-    if name not in DISTANCES:
-        raise ValueError(f"unknown distance {name!r}; choose from {', '.join(DISTANCES)}")
+def make_distance(distance, **parameters):
+    """make_distance("power", alpha=6) -> an instance; of an instance, itself."""
+    if callable(getattr(distance, "grad", None)) and not isinstance(distance, type):
+        return distance
+    if not isinstance(distance, str) or distance not in DISTANCES:
+        known = ", ".join(DISTANCES)
+        raise ValueError(f"unknown distance {distance!r}; choose from {known}, or an instance: PseudoHuber()")
     try:
-        return DISTANCES[name](**parameters)
+        return DISTANCES[distance](**parameters)
     except TypeError:
-        raise ValueError(f"distance {name!r} does not take {', '.join(parameters)}") from None
+        raise ValueError(f"distance {distance!r} does not take {', '.join(parameters)}") from None
 
 
-# ----------------------------------------------------------------------------------------------
-# The forward process and its scores.  Gradient flows through every tensor.
+# --- The forward process, and what a denoiser says.  Gradient flows through every tensor.
+SPACES = {"denoised": 0, "noise": 1, "score": 2}  # differences there are sigma**-power as large
 
 
-def add_noise(x0, sigma, noise):
+@_formula
+def add_noise(x0: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
     """xt = x0 + sigma * noise."""
-    _same_shape(x0=x0, noise=noise)
-    return x0 + _expand_sigma(sigma, x0) * noise
+    return x0 + _expand(sigma, x0) * noise
 
 
-def score_from_denoised(denoised, xt, sigma):
+@_formula
+def to_space(denoised: Tensor, xt: Tensor, sigma: Tensor, space: str) -> Tensor:
+    """D itself, or the noise (xt - D) / sigma, or the score (D - xt) / sigma**2 (B.3)."""
+    if space not in SPACES:
+        raise ValueError(f"unknown space {space!r}; choose from {', '.join(SPACES)}")
+    gap = denoised - xt if space == "score" else xt - denoised
+    return denoised if space == "denoised" else gap / _expand(sigma, xt) ** SPACES[space]
+
+
+def score_from_denoised(denoised: Tensor, xt: Tensor, sigma: Tensor) -> Tensor:
     """Tweedie: score = (denoised - xt) / sigma**2, in 1/data units (B.3)."""
-    _same_shape(denoised=denoised, xt=xt)
-    return (denoised - xt) / _expand_sigma(sigma, xt) ** 2
+    return to_space(denoised, xt, sigma, "score")
 
 
-def denoised_from_score(score, xt, sigma):
+@_formula
+def denoised_from_score(score: Tensor, xt: Tensor, sigma: Tensor) -> Tensor:
     """Tweedie the other way: denoised = xt + sigma**2 * score (B.3)."""
-    _same_shape(score=score, xt=xt)
-    return xt + _expand_sigma(sigma, xt) ** 2 * score
+    return xt + _expand(sigma, xt) ** 2 * score
 
 
-def conditional_score(xt, x0, sigma):
+def conditional_score(xt: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
     """grad_xt log q(xt | x0) = (x0 - xt) / sigma**2 = -noise / sigma."""
-    return score_from_denoised(x0, xt, sigma)
+    return to_space(x0, xt, sigma, "score")
 
 
-def score_projection(u, score, conditional_score):
-    """u^T (score - conditional_score): (B, *D) three times -> (B,).
-
-    The score-projection identity (A.1): over x0 ~ p and noise ~ N(0, I) its mean is 0 for every
-    function u(xt), if `score` is that of the diffused p.  All else follows from it.
-    """
-    _same_shape(u=u, score=score, conditional_score=conditional_score)
+# --- Losses on tensors (fake, teacher, target), (B, *D) each -> (B,): `predictions` in any one space.
+# Gradient flows through all three.  distance: an instance, or a name from DISTANCES.
+@_formula
+def score_projection(u: Tensor, score: Tensor, conditional_score: Tensor) -> Tensor:
+    """u^T (score - conditional_score), the score-projection identity (A.1): over x0 ~ p and noise ~ N(0, I)
+    its mean is 0 for every function u(xt), if `score` is that of the diffused p.  All else follows."""
     return _dot(u, score - conditional_score)
 
 
-# ----------------------------------------------------------------------------------------------
-# Losses on tensors (fake, teacher, target), (B, *D) each -> (B,), in any one of three spaces:
-#     score (s_psi, s_q, grad log q),  denoised (D_psi, D_q, x0),  noise (eps_psi, eps_q, noise).
+@_formula
+def sim_loss(fake: Tensor, teacher: Tensor, target: Tensor, distance) -> Tensor:
+    """The SIM surrogate: -d'(y)^T (fake - target), y = fake - teacher (A.4 with u = d'(y)).  Its value has
+    no minimum; its gradient descends E d(y), and flows inside d'(y), too."""
+    return -_dot(make_distance(distance).grad(fake - teacher), fake - target)
 
 
-def sim_loss(fake, teacher, target, distance):
-    """The SIM surrogate: -d'(y)^T (fake - target), y = fake - teacher (A.4 with u = d'(y)).
+@_formula
+def full_loss(fake: Tensor, teacher: Tensor, target: Tensor, distance) -> Tensor:
+    """`sim_loss` + d(y): its gradient is that of E d(y) with the law of xt moving, too.
 
-    Only its gradient means something, and descends E d(y); its value has no minimum.  Gradient
-    flows through all three tensors, inside d'(y) too: to detach d'(y) is another, wrong, loss.
-    distance: an instance, or a name from DISTANCES.
-    """
-    _same_shape(fake=fake, teacher=teacher, target=target)
-    distance = make_distance(distance) if isinstance(distance, str) else distance
-    return -_dot(distance.grad(fake - teacher), fake - target)
+    d(y) along xt, the scores' parameters stopped, is what the theorem leaves out.  Its gradient vanishes
+    where the scores agree, if d'(0) = 0."""
+    return sim_loss(fake, teacher, target, distance) + make_distance(distance).value(fake - teacher)
 
 
-def sid_loss(fake, teacher, target, alpha=1.2):
+@_formula
+def sid_loss(fake: Tensor, teacher: Tensor, target: Tensor, alpha=1.2) -> Tensor:
     """For comparison, SiD (Zhou et al. 2024): -y^T ((teacher - target) + alpha y).
 
-    Equals -y^T (fake - target) + (1 - alpha) ||y||^2, so half of SIM's squared L2 at alpha = 1;
-    at any other alpha it adds what the theorem does not contain.
-    """
-    _same_shape(fake=fake, teacher=teacher, target=target)
+    Equals -y^T (fake - target) + (1 - alpha) ||y||^2: for squared L2, half of `sim_loss` at alpha = 1 and
+    half of `full_loss` at 1/2; SiD's choice, 1.2, lies on the other side of SIM."""
     y = fake - teacher
     return -_dot(y, teacher - target + alpha * y)
 
 
-def diff_instruct_loss(fake, teacher, target):
-    """For comparison, Diff-Instruct (and DMD without its regression): sg(y)^T target.
+@_formula
+def diff_instruct_loss(fake: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+    """For comparison, Diff-Instruct (and DMD without its regression): sg(y)^T x0, of denoisers.
 
-    Gradient flows through target alone.  Under `generator_loss` in noise space its mean is the
-    gradient of KL(p_theta || p_q) at level sigma; in denoised space, sigma**2 times that.
-    """
-    _same_shape(fake=fake, teacher=teacher, target=target)
+    Gradient flows through target alone: x0, as other spaces' targets stand still.  Its mean is sigma**2
+    times the gradient of KL(p_theta || p_q) at level sigma."""
     return _dot((fake - teacher).detach(), target)  # sg: the KL moves samples, not scores
 
 
-def denoising_loss(denoised, x0, weight=1.0):
-    """Weighted denoising score matching: weight * ||denoised - x0||^2 (B.2).
-
-    weight: a number or (B,).
-    """
-    _same_shape(denoised=denoised, x0=x0)
-    return _weighted(_dot(denoised - x0, denoised - x0), weight)
+@_formula
+def denoising_loss(denoised: Tensor, x0: Tensor, weight: float | Tensor = 1.0) -> Tensor:
+    """Weighted denoising score matching: weight * ||denoised - x0||^2 (B.2), weight a number or (B,)."""
+    return weigh(_dot(denoised - x0, denoised - x0), weight)
 
 
-def _weighted(loss, weight):
+@_formula
+def weigh(loss: Tensor, weight: float | Tensor) -> Tensor:
+    """weight * loss, where no weight is negative."""
     return loss * (_expand(weight, loss) if torch.is_tensor(weight) else weight)
 
 
-# ----------------------------------------------------------------------------------------------
-# Losses on networks: the two updates of Algorithm 2.
+# --- Losses on networks: the two updates of Algorithm 2.
+def predictions(teacher, fake, x0: Tensor, sigma: Tensor, noise: Tensor, space="denoised", **cond):
+    """What both networks say of xt = x0 + sigma * noise, and what is true -> (fake, teacher, target):
 
-SPACES = {"denoised": 0, "noise": 1, "score": 2}  # differences there are sigma**-power as large
+        denoised  (D_psi, D_q, x0),   noise  (eps_psi, eps_q, noise),   score  (s_psi, s_q, -noise / sigma)
+
+    Gradient flows into x0, and through xt through both networks.  The stop in s_sg[theta] (A.4) is that
+    fake has parameters of its own; requires_grad_(False) only spares the work."""
+    if "weight" in cond:
+        raise ValueError(f"no weight is taken here, got {cond['weight']}: `weigh` the loss")
+    xt = add_noise(x0, sigma, noise)
+    said = fake(xt, sigma, **cond), teacher(xt, sigma, **cond), x0
+    return tuple(to_space(denoised, xt, sigma, space) for denoised in said)
 
 
-def _space_factor(space, sigma, like):
-    if space not in SPACES:
-        raise ValueError(f"unknown space {space!r}; choose from {', '.join(SPACES)}")
-    return _expand_sigma(sigma, like) ** -SPACES[space]
-
-
-def fake_loss(fake, x0, sigma, noise, weight=1.0, **cond):
-    """psi's update: `denoising_loss` of fake(xt, sigma) on the generator's samples x0 -> (B,).
-
-    Gradient flows to the fake's parameters alone.
-    """
+def fake_loss(fake, x0: Tensor, sigma: Tensor, noise: Tensor, weight=1.0, **cond) -> Tensor:
+    """psi's update: `denoising_loss` of fake(xt, sigma) on x0; gradient to the fake's parameters alone."""
     x0 = x0.detach()  # sg: psi learns where theta is; theta must not come to meet it
     return denoising_loss(fake(add_noise(x0, sigma, noise), sigma, **cond), x0, weight)
 
 
-def generator_loss(teacher, fake, x0, sigma, noise, distance, space="denoised", *, weight=1.0, **cond):
-    """theta's update: weight * `sim_loss` at xt = x0 + sigma * noise -> (B,).
-
-    Gradient flows into x0 directly, and through xt through both networks.  Stopping their
-    parameters (s_sg[theta] in A.4) is the caller's part: requires_grad_(False) on both.
-
-    distance  as for `sim_loss`; or another loss of (fake, teacher, target), such as `sid_loss`.
-    space     where to apply it.  Only differences count, so the noise and score spaces are the
-              denoised one times sigma**-1 and sigma**-2 (a sign, too, but d' is odd).
-    weight    a number, (B,), or a function as `sid_weight`, which is called without gradient.
-    """
-    xt = add_noise(x0, sigma, noise)
-    factor = _space_factor(space, sigma, x0)
-    d_fake, d_teacher = fake(xt, sigma, **cond), teacher(xt, sigma, **cond)
-    loss = distance if callable(distance) else partial(sim_loss, distance=distance)
-    if callable(weight):
-        with torch.no_grad():
-            weight = weight(x0, d_teacher, sigma, space)
-    return _weighted(loss(factor * d_fake, factor * d_teacher, factor * x0), weight)
+def generator_loss(teacher, fake, x0, sigma, noise, distance, space="denoised", weight=1.0, **cond) -> Tensor:
+    """theta's update: weight * `sim_loss` of the `predictions`; weight a number or (B,).  Only differences
+    count (not their sign: d' is odd), so spaces differ by powers of sigma alone."""
+    return weigh(sim_loss(*predictions(teacher, fake, x0, sigma, noise, space, **cond), distance), weight)
 
 
-def density_loss(teacher, fake, x0, sigma, noise, distance, space="denoised", **cond):
+def density_loss(teacher, fake, x0, sigma, noise, distance, space="denoised", **cond) -> Tensor:
     """SIM with theta in the density of xt instead of on its path: right for jumps of d' too.
 
         sg(l) log q(xt | x0) + l  at fixed xt,    l = -sg(d'(y))^T (fake - target)
 
-    is (A.4) differentiated as an integral over xt.  Gradient flows through x0 in log q and in
-    target; no network is differentiated.  The price is a much noisier estimate.
-    """
-    xt = add_noise(x0, sigma, noise).detach()  # sg: theta is in log q and target alone
-    factor = _space_factor(space, sigma, x0)
+    is (A.4) as an integral over xt.  `sim_loss` needs the derivative of d'(y(xt)), for L1 a Dirac, for which
+    autograd has 0.  Here gradient flows through x0 alone, in log q and target, and is much noisier."""
     with torch.no_grad():
-        d_fake, d_teacher = fake(xt, sigma, **cond), teacher(xt, sigma, **cond)
-    loss = sim_loss(factor * d_fake, factor * d_teacher, factor * x0, distance)
-    log_q = -_dot(xt - x0, xt - x0) / (2 * sigma.to(x0.dtype) ** 2)
-    return loss.detach() * log_q + loss
+        xt = add_noise(x0, sigma, noise)  # sg: theta is in log q and target alone
+        fake, teacher, _ = predictions(teacher, fake, x0, sigma, noise, space, **cond)
+    loss = sim_loss(fake, teacher, to_space(x0, xt, sigma, space), distance)
+    return loss - loss.detach() * denoising_loss(xt, x0, 1 / (2 * _wide(sigma) ** 2))
 
 
-# ----------------------------------------------------------------------------------------------
-# Noise levels and weightings: (B,), in data units.
+# --- Noise levels and weightings: (B,), in data units.
+def _levels(level, draw, n, generator=None, device=None, dtype=None):
+    """level(draw(n)) in dtype, from float32 at least: none lost, none rounded to 0 or inf."""
+    device, dtype = device or (generator.device if generator else None), dtype or torch.get_default_dtype()
+    exact, info = torch.promote_types(dtype, torch.float32), torch.finfo(dtype)
+    sigma = level(draw(n, generator=generator, device=device, dtype=exact))
+    return sigma.clamp(info.tiny * info.eps, info.max).to(dtype)
 
 
-def lognormal_sigma(
-    n, mean, std, sigma_min=0.0, sigma_max=math.inf, *, generator=None, device=None, dtype=None
-):
-    """n draws of exp(N(mean, std^2)), clipped to [sigma_min, sigma_max] (B.5; B.3's range).
-
-    Clipped, not redrawn: what falls outside stays, at the ends.
-    """
-    if not (0 <= sigma_min <= sigma_max and sigma_max > 0 and std >= 0):
-        given = f"sigma_min {sigma_min}, sigma_max {sigma_max}, std {std}"
-        raise ValueError(f"need 0 <= sigma_min <= sigma_max and std >= 0, got {given}")
-    device = device or (generator.device if generator else None)
-    normal = torch.randn(n, generator=generator, device=device, dtype=dtype)
-    return (mean + std * normal).exp().clamp(sigma_min, sigma_max)
+def lognormal_sigma(n: int, mean, std, sigma_min=0.0, sigma_max=math.inf, **how) -> Tensor:
+    """n draws of exp(N(mean, std^2)), clipped to [sigma_min, sigma_max] (B.5; B.3's range): not redrawn, what
+    falls outside stays, at the ends.  how: generator, device, dtype."""
+    if not (0 <= sigma_min <= sigma_max and sigma_max > 0 and 0 <= std < math.inf and math.isfinite(mean)):
+        raise ValueError(f"no levels: mean {mean}, std {std}, sigma_min {sigma_min}, sigma_max {sigma_max}")
+    return _levels(lambda x: (mean + std * x).exp().clamp(sigma_min, sigma_max), torch.randn, n, **how)
 
 
-def karras_sigma(
-    n, sigma_min=0.002, sigma_max=80.0, rho=7.0, t_max=0.8, *, generator=None, device=None, dtype=None
-):
+def karras_sigma(n: int, sigma_min=0.002, sigma_max=80.0, rho=7.0, t_max=0.8, **how) -> Tensor:
     """n draws of SiD's levels: t ~ U[0, t_max] on Karras' ladder, counted from its lower end,
 
-        sigma = (sigma_max^(1/rho) + (1 - t) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho,
+        sigma = (sigma_max^(1/rho) + (1 - t) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho:
 
-    so from 0.002 to 24.4, median 0.98.  (B.8) means these and prints others: its index counts from
-    the upper end, and would keep the largest levels, 0.084 to 80.
-    """
-    if not (0 < sigma_min <= sigma_max and 0 < t_max <= 1):
-        given = f"sigma_min {sigma_min}, sigma_max {sigma_max}, t_max {t_max}"
-        raise ValueError(f"need 0 < sigma_min <= sigma_max and 0 < t_max <= 1, got {given}")
-    device, dtype = device or (generator.device if generator else None), dtype or torch.get_default_dtype()
-    exact = torch.promote_types(dtype, torch.float32)  # half precision would lose levels of t
-    t = t_max * torch.rand(n, generator=generator, device=device, dtype=exact)
+    0.002 to 24.4.  (B.8) prints the largest, 0.084 to 80, instead.  how: generator, device, dtype."""
+    if not (0 < sigma_min <= sigma_max < math.inf and 0 < t_max <= 1 and 0 < rho < math.inf):
+        raise ValueError(f"no levels: sigma_min {sigma_min}, sigma_max {sigma_max}, rho {rho}, t_max {t_max}")
     top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    return ((top + (1 - t) * (bottom - top)) ** rho).to(dtype)
+    return _levels(lambda u: (top + (1 - t_max * u) * (bottom - top)) ** rho, torch.rand, n, **how)
 
 
 SIGMA_DISTRIBUTIONS = {
@@ -392,17 +358,23 @@ SIGMA_DISTRIBUTIONS = {
 }
 
 
-def edm_weight(sigma, sigma_data=0.5):
-    """lambda_EDM = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (B.7)."""
+@partial(_formula, back=False)
+def edm_weight(sigma: Tensor, sigma_data=0.5) -> Tensor:
+    """lambda_EDM = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (B.7), in float32 at least."""
+    _positive(sigma_data=sigma_data)
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
-def sid_weight(x0, teacher, sigma, space="score"):
-    """w_SiD = C sigma^4 / ||x0 - D_q(xt)||_1, C the number of dimensions (B.11), no gradient.
+@partial(_formula, back=False)
+def sid_weight(x0: Tensor, teacher: Tensor, sigma: Tensor, power=4) -> Tensor:
+    """w_SiD = C sigma^4 / ||x0 - D_q(xt)||_1 (B.11) of C dimensions, for scores, in float32 at least.
+    No gradient; ||.||_1 / C is floored at 1e-5."""
+    error = _flat((x0 - teacher).detach().abs()).mean(1).clamp_min(1e-5)  # sg: as in (B.11)
+    return _expand(sigma, error) ** power / error
 
-    sigma^4 is for score differences; in other spaces it is sigma^(2 power), so that squared L2
-    comes out weighted alike in all.  The mean error ||.||_1 / C is floored at 1e-5.
-    """
-    _same_shape(x0=x0, teacher=teacher)
-    error = (x0 - teacher).detach().abs().unsqueeze(-1).flatten(1).mean(1)  # sg: as in B.11
-    return _space_factor(space, sigma, error) ** -2 / error.clamp_min(1e-5)
+
+WEIGHTINGS = {  # of a loss on a triple in a space; sid: as (B.11) for squared L2, whatever the space
+    "one": lambda triple, sigma, space, sigma_data: 1.0,
+    "edm": lambda triple, sigma, space, sigma_data: edm_weight(sigma, sigma_data),
+    "sid": lambda triple, sigma, space, sigma_data: sid_weight(triple[2], triple[1], sigma, SPACES[space]),
+}

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 
 import sim_core as sim
 
@@ -148,17 +149,18 @@ class Algorithm2(Training):
 
     method: str = option(
         "sim",
-        "loss of the generator; diff_instruct with --weighting sid is DMD2's first term",
-        ("sim", "sid", "diff_instruct"),
+        "loss of the generator; full adds what the theorem leaves out; "
+        "diff_instruct with --weighting sid is DMD2's first term",
+        ("sim", "full", "sid", "diff_instruct"),
     )
-    distance: str = option("pseudo_huber", "row of Table 4, for sim", sim.DISTANCES)
+    distance: str = option("pseudo_huber", "row of Table 4, for sim and full", sim.DISTANCES)
     c: float = option(None, "where pseudo_huber turns linear, in the units of --space")
     delta: float = option(None, "where huber turns linear, likewise")
     alpha: float = option(None, "power of power and exp (even), or the alpha of sid")
     beta: float = option(None, "scale of exp")
     space: str = option("denoised", "what the distance compares", sim.SPACES)
     sigma_distribution: str = option("edm", "noise levels of the generator's update", sim.SIGMA_DISTRIBUTIONS)
-    weighting: str = option("one", "weight over sigma of the generator's loss", ("one", "edm", "sid"))
+    weighting: str = option("one", "weight over sigma of the generator's loss", sim.WEIGHTINGS)
     fake_sigma_distribution: str = option("edm", "noise levels of the online update", sim.SIGMA_DISTRIBUTIONS)
     fake_weighting: str = option("edm", "weight over sigma of the online loss", ("one", "edm"))
     fake_lr: float = option(2e-3, "learning rate of the online network")
@@ -208,14 +210,16 @@ def settings(cfg):
 
 
 def surrogate(cfg):
-    """--method, --distance and their parameters as sim_core.generator_loss takes them."""
+    """--method and its parameters: a loss of sim_core on (fake, teacher, target)."""
     given = {k: getattr(cfg, k) for k in ("c", "delta", "alpha", "beta") if getattr(cfg, k) is not None}
-    if cfg.method == "sim":
-        return sim.make_distance(cfg.distance, **given)
-    loss = {"sid": sim.sid_loss, "diff_instruct": sim.diff_instruct_loss}[cfg.method]
-    if unfit := set(given) - ({"alpha"} if cfg.method == "sid" else set()):
-        raise ValueError(f"--method {cfg.method} does not take {', '.join(sorted(unfit))}")
-    return lambda *tensors: loss(*tensors, **given)
+    if cfg.method in ("sid", "diff_instruct"):
+        if unfit := set(given) - ({"alpha"} if cfg.method == "sid" else set()):
+            raise ValueError(f"--method {cfg.method} does not take {', '.join(sorted(unfit))}")
+        if cfg.method == "diff_instruct" and cfg.space != "denoised":
+            raise ValueError("--method diff_instruct needs --space denoised, where the target is x0")
+        return partial(sim.sid_loss, **given) if cfg.method == "sid" else sim.diff_instruct_loss
+    loss = sim.full_loss if cfg.method == "full" else sim.sim_loss
+    return partial(loss, distance=sim.make_distance(cfg.distance, **given))
 
 
 RULES = (  # names, test, words
@@ -248,7 +252,7 @@ def check(cfg):
 
 def fitting(preset, /, method="sim", distance="pseudo_huber", **others):
     """A preset's values, without its c where another loss is chosen, which takes none."""
-    keep = (method, distance) == ("sim", "pseudo_huber")
+    keep = method in ("sim", "full") and distance == "pseudo_huber"
     return {name: value for name, value in preset.items() if keep or name != "c"}
 
 

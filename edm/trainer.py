@@ -241,16 +241,13 @@ class Distiller:
         self.fake = Trainee(accelerator, fake, cfg, cfg.fake_lr)
         self.generator = Trainee(accelerator, generator, cfg, cfg.lr)
         self.ema = MovingAverage(generator, average, cfg)
-        self.batches, self.distance, self.sigma_data = Batches(cfg, accelerator), surrogate(cfg), sigma_data
-        self.weight = {"one": 1.0, "edm": self._edm_weight, "sid": sim.sid_weight}[cfg.weighting]
-        edm_weight = partial(sim.edm_weight, sigma_data=sigma_data)
-        self.fake_weight = {"one": torch.ones_like, "edm": edm_weight}[cfg.fake_weighting]
+        self.batches, self.loss, self.sigma_data = Batches(cfg, accelerator), surrogate(cfg), sigma_data
         self.bins = [edge * sigma_data for edge in SIGMA_BINS]
         self.edges = torch.tensor(self.bins, device=self.device)
         self.gaps = torch.zeros(2, len(self.bins) + 1, device=self.device)  # sums and counts by sigma
 
-    def _edm_weight(self, x0, teacher, sigma, space):
-        return sim.edm_weight(sigma, self.sigma_data)
+    def weight(self, weighting, sigma, triple=None):
+        return sim.WEIGHTINGS[weighting](triple, sigma, self.cfg.space, self.sigma_data)
 
     # What text-to-image does otherwise.
 
@@ -278,8 +275,8 @@ class Distiller:
             sigma=self.draw_sigma(self.cfg.sigma_distribution, rng),
             noise=normal(),
         )
-        span = {"sigma_min": parts["sigma"].min(), "sigma_max": parts["sigma"].max()}  # over all processes
-        parts = {name: self.batches.split(tensor) for name, tensor in parts.items()} | {"range": span}
+        levels = torch.cat([parts["fake_sigma"], parts["sigma"]])  # of all processes
+        parts = {name: self.batches.split(tensor) for name, tensor in parts.items()} | {"levels": levels}
         cond = {name: self.batches.split(t) for name, t in self.condition(rng, n).items()}
         parts["cond"] = [{name: t[i] for name, t in cond.items()} for i in range(self.batches.count)]
         return parts
@@ -287,11 +284,12 @@ class Distiller:
     def step(self, n):
         """Step n: the online network's updates, then the generator's.  Returns numbers, on the device."""
         seen, share = n * self.cfg.batch, self.cfg.share
-        warm = n >= self.cfg.warmup
+        warm, levels = n >= self.cfg.warmup, []
         for update in range(self.cfg.fake_updates):
             draw, last = self.draw(n, update), update == self.cfg.fake_updates - 1
             images = self.images(draw, keep_graph=warm and last and share and self.batches.count == 1)
             fake_loss, fake_norm = self.update_fake(draw, images, seen)
+            levels.append(draw["levels"])
         numbers = {"fake_loss": fake_loss, "fake_gradient": fake_norm}
         if warm:
             if not (share and self.batches.count == 1):  # as many forwards again; the same images if shared
@@ -300,7 +298,8 @@ class Distiller:
             self.ema.update((n + 1 - self.cfg.warmup) * self.cfg.batch)
         else:
             numbers["surrogate"] = numbers["generator_gradient"] = torch.zeros_like(fake_loss)
-        return numbers | draw["range"]
+        levels = torch.cat([*levels, draw["levels"]])  # a NaN among them is found where the log is
+        return numbers | {"sigma_min": levels.min(), "sigma_max": levels.max()}
 
     def images(self, draw, keep_graph):
         """x0 = g(z) of every micro-batch."""
@@ -313,7 +312,8 @@ class Distiller:
 
         def loss(i):
             sigma, noise, cond = draw["fake_sigma"][i], draw["fake_noise"][i], self.fake_cond(draw, i)
-            return sim.fake_loss(self.fake.wrapped, images[i], sigma, noise, self.fake_weight(sigma), **cond)
+            weight = self.weight(self.cfg.fake_weighting, sigma)
+            return sim.fake_loss(self.fake.wrapped, images[i], sigma, noise, weight, **cond)
 
         return self.fake.update(loss, self.batches.count, seen)
 
@@ -323,34 +323,22 @@ class Distiller:
         def loss(i):
             sigma, noise, cond = draw["sigma"][i], draw["noise"][i], draw["cond"][i]
             x0 = images[i] if images else self.generator.wrapped(draw["z"][i], **cond)
-            seen_by = {}
-            bare = self.fake.network  # not the wrapped one: its gradients are nobody's
-            fake = self._watch("fake", self.judge(bare), seen_by)
-            teacher = self._watch("teacher", self.teacher, seen_by)
-            losses = sim.generator_loss(teacher, fake, x0, sigma, noise, self.distance, self.cfg.space,
-                                        weight=self.weight, **cond)  # fmt: skip
-            self._count(seen_by, sigma)
-            return losses
+            fake = self.judge(self.fake.network)  # not the wrapped one: its gradients are nobody's
+            triple = sim.predictions(self.teacher, fake, x0, sigma, noise, self.cfg.space, **cond)
+            self._count(triple, sigma)
+            return sim.weigh(self.loss(*triple), self.weight(self.cfg.weighting, sigma, triple))
 
-        self.fake.network.requires_grad_(False)  # sg: s_sg[theta]
+        self.fake.network.requires_grad_(False)  # spares the work; s_sg[theta] is that psi is not theta
         numbers = self.generator.update(loss, self.batches.count, seen)
         self.fake.network.requires_grad_(True)
         return numbers
 
     # -- what to look at --
 
-    def _watch(self, name, network, seen_by):
-        """The network, leaving what it says in seen_by: the log costs no evaluation."""
-
-        def denoiser(xt, sigma, **cond):
-            seen_by[name] = network(xt, sigma, **cond)
-            return seen_by[name]
-
-        return denoiser
-
     @torch.no_grad()
-    def _count(self, seen_by, sigma):
-        gap = (seen_by["fake"] - seen_by["teacher"]).float().flatten(1).norm(dim=1)
+    def _count(self, triple, sigma):
+        fake, teacher, _ = triple
+        gap = (fake - teacher).float().flatten(1).norm(dim=1) * sigma ** sim.SPACES[self.cfg.space]
         where = torch.bucketize(sigma, self.edges)
         self.gaps.index_add_(1, where, torch.stack([gap, torch.ones_like(gap)]))
 

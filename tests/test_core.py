@@ -182,14 +182,25 @@ def test_the_surrogate_by_hand():
 
 
 def test_neighbours():
+    """SiD and the full gradient from SIM and ||y||^2: alpha = 1 is half of the one, 1/2 half of the other."""
     fake, teacher, target = (randn(5, 3, seed=i).requires_grad_() for i in range(3))
-    half = sim.sim_loss(fake, teacher, target, "l2") / 2
+    half, full = (loss(fake, teacher, target, "l2") / 2 for loss in (sim.sim_loss, sim.full_loss))
     square = (fake - teacher).square().sum(1)
     for alpha in (0.5, 1.0, 1.2):
         assert (sim.sid_loss(fake, teacher, target, alpha) - half - (1 - alpha) * square).abs().max() < 1e-12
+    assert (sim.sid_loss(fake, teacher, target, 0.5) - full).abs().max() < 1e-12
+    assert torch.equal(sim.sid_loss(fake, teacher, target), sim.sid_loss(fake, teacher, target, 1.2))
     sim.diff_instruct_loss(fake, teacher, target).sum().backward()
     assert fake.grad is None and teacher.grad is None
     assert torch.equal(target.grad, (fake - teacher).detach())
+
+
+@pytest.mark.parametrize("distance", SMOOTH, ids=repr)
+def test_full_loss_adds_the_distance(distance):
+    triple = [randn(3, 2, seed=i).requires_grad_() for i in range(3)]
+    added = sim.full_loss(*triple, distance) - sim.sim_loss(*triple, distance)
+    assert (added - distance.value(triple[0] - triple[1])).abs().max() < 1e-12
+    assert torch.autograd.gradcheck(partial(sim.full_loss, distance=distance), triple)
 
 
 # --- losses on networks --------------------------------------------------------------------------
@@ -219,6 +230,8 @@ def test_generator_loss_is_sim_loss_in_each_space(shape, seed, distance):
         "score": tuple(sim.score_from_denoised(v, xt, sigma) for v in (d["fake"], d["teacher"], x0)),
     }
     for space, tensors in in_space.items():
+        for got, want in zip(sim.predictions(teacher, fake, x0, sigma, noise, space), tensors):
+            assert (got - want).abs().max() < 1e-10 * (1 + want.abs().max())
         expected = sim.sim_loss(*tensors, distance)
         loss = sim.generator_loss(teacher, fake, x0, sigma, noise, distance, space)
         assert loss.shape == shape[:1]
@@ -298,19 +311,19 @@ def test_conditions_reach_both_networks():
     assert len(seen) == 5 and all(s is labels for s in seen)
 
 
-def test_weights_number_tensor_and_function():
+def test_weights_and_weightings():
     x0, sigma, noise = batch(5, 3)
-    loss = partial(sim.generator_loss, affine(0.7, 0.1), affine(0.5, -0.2), x0, sigma, noise, "l2")
+    networks = affine(0.7, 0.1), affine(0.5, -0.2)
+    loss = partial(sim.generator_loss, *networks, x0, sigma, noise, "l2")
     plain = loss()
-    assert torch.equal(loss(weight=3.0), 3 * plain)
-    assert torch.equal(loss(weight=sigma), sigma * plain)
-    d_teacher = affine(0.7, 0.1)(sim.add_noise(x0, sigma, noise), sigma)
-    mean_error = (x0 - d_teacher).abs().mean(1)
-    assert (loss(weight=sim.sid_weight) - plain / mean_error).abs().max() < 1e-12
-    # w_SiD weights squared L2 alike in all spaces
-    for space in sim.SPACES:
-        assert (loss(space, weight=sim.sid_weight) - plain / mean_error).abs().max() < 1e-10
-    assert torch.equal(loss(weight=lambda x0, d, sigma, space: sigma), sigma * plain)
+    assert torch.equal(loss(weight=3.0), 3 * plain) and torch.equal(loss(weight=sigma), sigma * plain)
+    mean_error = (x0 - networks[0](sim.add_noise(x0, sigma, noise), sigma)).abs().mean(1)
+    for space in sim.SPACES:  # w_SiD weights squared L2 alike in all
+        triple = sim.predictions(*networks, x0, sigma, noise, space)
+        weight = {name: of(triple, sigma, space, 0.8) for name, of in sim.WEIGHTINGS.items()}
+        assert (weight["sid"] * loss(space) - plain / mean_error).abs().max() < 1e-10
+        assert weight["one"] == 1 and torch.equal(weight["edm"], sim.edm_weight(sigma, 0.8))
+        assert not weight["sid"].requires_grad
 
 
 @pytest.mark.parametrize("name", sim.DISTANCES)
@@ -341,7 +354,8 @@ def test_under_torch_compile(name):
     teacher, fake = affine(0.7, 0.1), affine(0.5, -0.2)
 
     def loss(x0, sigma, noise):
-        return sim.generator_loss(teacher, fake, x0, sigma, noise, name, "score", weight=sim.sid_weight)
+        triple = sim.predictions(teacher, fake, x0, sigma, noise, "score")
+        return sim.weigh(sim.full_loss(*triple, name), sim.WEIGHTINGS["sid"](triple, sigma, "score", 0.5))
 
     torch._dynamo.reset()
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
@@ -380,6 +394,7 @@ def test_bad_shapes_are_refused():
     net = affine(0.5, 0.0)
     for call in (
         lambda: sim.sim_loss(x, x, y, "l2"),
+        lambda: sim.full_loss(x, y, x, "l2"),
         lambda: sim.sid_loss(x, y, x),
         lambda: sim.diff_instruct_loss(y, x, x),
         lambda: sim.denoising_loss(x, y),
@@ -394,10 +409,109 @@ def test_bad_shapes_are_refused():
     ):
         with pytest.raises(ValueError, match=r"\(2, 1\)|\(3,\)"):
             call()
-    with pytest.raises(ValueError, match="unknown space 'pixel'"):
-        sim.generator_loss(net, net, x, sigma, x, "l2", "pixel")
-    with pytest.raises(ValueError, match="unknown distance 'lpips'"):
-        sim.generator_loss(net, net, x, sigma, x, "lpips")
+
+
+def test_bad_values_are_refused_by_name():
+    x, sigma, net = torch.randn(2, 3), torch.ones(2), affine(0.5, 0.0)
+    given = net, net, x, sigma, x
+    image, latent = torch.zeros(2, 3, dtype=torch.uint8), torch.zeros(2, 3, dtype=torch.long)
+    for message, call in {
+        "x0.*uint8": lambda: sim.add_noise(image, sigma, x),
+        "noise.*int64": lambda: sim.add_noise(x, sigma, latent),
+        "denoised.*uint8": lambda: sim.denoising_loss(image, image),
+        "y .*uint8": lambda: sim.PseudoHuber().grad(image),
+        "sigma.*int64": lambda: sim.edm_weight(torch.ones(2, dtype=torch.long)),
+        "x0.*int64": lambda: sim.generator_loss(net, net, latent, sigma, x, "l2"),
+        "sigma.*0.5": lambda: sim.add_noise(x, 0.5, x),
+        "sigma.*0.25": lambda: sim.generator_loss(net, net, x, 0.25, x, "l2"),
+        "sigma.*0.125": lambda: sim.edm_weight(0.125),
+        "sigma.*-1": lambda: sim.edm_weight(-sigma),
+        "sigma_data.*0": lambda: sim.edm_weight(sigma, 0),
+        "weight.*-2": lambda: sim.generator_loss(*given, "l2", weight=-2.0),
+        "weight.*-3": lambda: sim.denoising_loss(x, x, torch.tensor([1.0, -3.0])),
+        "weight.*nan": lambda: sim.denoising_loss(x, x, math.nan),
+        "weight.*function": lambda: sim.generator_loss(*given, "l2", weight=sim.sid_weight),
+        "weight.*7": lambda: sim.density_loss(*given, "l2", weight=7.0),
+        "weight.*8": lambda: sim.predictions(*given, weight=8.0),
+        r"PseudoHuber'>.*PseudoHuber\(\)": lambda: sim.sim_loss(x, x, x, sim.PseudoHuber),
+        r"None.*PseudoHuber\(\)": lambda: sim.full_loss(x, x, x, None),
+        "unknown space 'pixel'": lambda: sim.generator_loss(*given, "l2", "pixel"),
+        "unknown distance 'lpips'": lambda: sim.generator_loss(*given, "lpips"),
+        "mean nan": lambda: sim.lognormal_sigma(2, math.nan, 1.0),
+        "std nan": lambda: sim.lognormal_sigma(2, 0.0, math.nan),
+        "rho nan": lambda: sim.karras_sigma(2, rho=math.nan),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+# --- half precision ------------------------------------------------------------------------------
+
+HALF = [torch.float16, torch.bfloat16]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    dtype=st.sampled_from(HALF),
+    exponent=st.floats(-4, 4),
+    dims=st.sampled_from([1, 100, 3072]),
+    distance=st.sampled_from([*SMOOTH, *KINKED, sim.PseudoHuber(1e-6), sim.Huber(100.0)]),
+)
+def test_distances_are_right_wherever_half_precision_holds_them(dtype, exponent, dims, distance):
+    y = (10**exponent * randn(3, dims, seed=dims)).to(dtype)
+    for found, exact in ((d(y), d(y.double())) for d in (distance.value, distance.grad)):
+        info = torch.finfo(dtype)
+        holds = (exact.abs() < 0.99 * info.max) & (exact.abs() > info.tiny)
+        assert found.dtype == dtype
+        assert ((found.double() - exact)[holds].abs() <= info.eps * exact[holds].abs()).all()
+
+
+def test_pseudo_huber_where_squares_overflow():
+    y = torch.full((1, 100), 30.0, dtype=torch.float16)
+    assert sim.PseudoHuber().grad(y)[0, 0].item() == pytest.approx(0.1, rel=1e-3)
+    assert sim.PseudoHuber().value(y).item() == pytest.approx(299.9, rel=1e-3)
+    for dtype in (torch.float32, torch.bfloat16):
+        y = torch.full((1, 100), 3e30, dtype=dtype)
+        assert sim.PseudoHuber().grad(y)[0, 0].item() == pytest.approx(0.1, rel=0.01)
+        assert sim.PseudoHuber().value(y).item() == pytest.approx(3e31, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_levels_weights_and_scores_in_half_precision(dtype):
+    sigma = torch.tensor([1e-4, 0.002, 0.5, 20.0, 156.0], dtype=dtype)
+    x0, teacher = randn(5, 12).to(dtype), randn(5, 12, seed=1).to(dtype)
+    for weight in (sim.edm_weight, partial(sim.sid_weight, x0, teacher)):
+        exact = weight(sigma.double())
+        assert ((weight(sigma) - exact) / exact).abs().max() < 1e-2 and weight(sigma).isfinite().all()
+    xt, exact = (
+        sim.add_noise(x0, sigma, teacher),
+        sim.score_from_denoised(x0.double(), x0.double() + 1e-4, sigma),
+    )
+    assert xt.isfinite().all() and exact[0, 0].item() == pytest.approx(-1e4, rel=0.01)
+    near = torch.zeros(5, 12, dtype=dtype), torch.full((5, 12), 1e-4, dtype=dtype)
+    assert sim.score_from_denoised(*near, sigma)[0, 0].item() == pytest.approx(-1e4, rel=0.01)
+    loss = sim.denoising_loss(x0, (x0.double() + 1e-3).to(dtype), sim.edm_weight(sigma))
+    assert loss.dtype == dtype and loss.isfinite().all()
+    for name, draw in sim.SIGMA_DISTRIBUTIONS.items():
+        found, exact = (
+            draw(20_000, generator=torch.Generator().manual_seed(0), dtype=d) for d in (dtype, None)
+        )
+        normal = exact > torch.finfo(dtype).tiny
+        assert found.dtype == dtype and (found > 0).all() and found.isfinite().all(), name
+        assert ((found - exact) / exact)[normal].abs().max() < torch.finfo(dtype).eps, (
+            "the same draws, rounded"
+        )
+    extreme = torch.cat([sim.lognormal_sigma(99, mean, 1.0, dtype=dtype) for mean in (-150.0, 150.0)])
+    assert (extreme > 0).all() and extreme.isfinite().all()
+
+
+def test_mixed_dtypes_give_those_of_x0():
+    x0, noise, sigma = randn(2, 3).float(), randn(2, 3, seed=1).float(), torch.ones(2, dtype=torch.float64)
+    assert sim.add_noise(x0, sigma, noise).dtype == torch.float32
+    for loss in (sim.generator_loss, sim.density_loss):
+        assert loss(affine(0.7, 0.1), affine(0.5, 0.1), x0, sigma.float(), noise, "l2").dtype == torch.float32
+    assert sim.fake_loss(lambda xt, s: xt, x0, sigma, noise, sim.edm_weight(sigma)).dtype == torch.float32
+    assert sim.sid_weight(x0, noise, sigma).dtype == torch.float32
 
 
 # --- the paper's numbers -------------------------------------------------------------------------
@@ -433,10 +547,11 @@ def test_weightings():
     sigma = torch.tensor([0.5, 2.0], dtype=torch.float64)
     assert sim.edm_weight(sigma, 0.5).tolist() == pytest.approx([8.0, 4.25])  # B.7
     x0, teacher = torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 1.0]])
-    weight = sim.sid_weight(x0, teacher, torch.tensor([2.0]))  # B.11: C sigma^4 / L1 = 2 * 16 / 3
-    assert weight.item() == pytest.approx(32 / 3)
-    assert sim.sid_weight(x0, teacher, torch.tensor([2.0]), "denoised").item() == pytest.approx(2 / 3)
-    assert sim.sid_weight(x0, x0, torch.tensor([2.0]), "denoised").item() == pytest.approx(1e5)
+    sigma, x0 = torch.tensor([2.0]), x0.requires_grad_()
+    weight = sim.sid_weight(x0, teacher, sigma)  # B.11: C sigma^4 / L1 = 2 * 16 / 3
+    assert weight.item() == pytest.approx(32 / 3) and not weight.requires_grad
+    assert sim.sid_weight(x0, x0, sigma).item() == pytest.approx(16e5)
+    assert sim.edm_weight(sigma).item() == pytest.approx(4.25), "EDM's sigma_data is 0.5"
 
 
 def test_dmd2s_distribution_matching_is_diff_instruct_weighted_by_w_sid():
@@ -445,10 +560,8 @@ def test_dmd2s_distribution_matching_is_diff_instruct_weighted_by_w_sid():
     x0, fake, teacher, noise = torch.randn(4, 5, 3, 8, dtype=torch.float64, generator=rng)
     sigma = 0.1 + torch.rand(5, dtype=torch.float64, generator=rng)
     x0.requires_grad_()
-    networks = (lambda xt, sigma: teacher), (lambda xt, sigma: fake)
-    loss = sim.generator_loss(
-        *networks, x0, sigma, noise, sim.diff_instruct_loss, "denoised", weight=sim.sid_weight
-    )
+    triple = sim.predictions(lambda *_: teacher, lambda *_: fake, x0, sigma, noise)
+    loss = sim.diff_instruct_loss(*triple) * sim.WEIGHTINGS["sid"](triple, sigma, "denoised", 0.5)
     (found,) = torch.autograd.grad(loss.sum(), x0)
     expected = (fake - teacher) / (x0 - teacher).abs().mean((1, 2), keepdim=True)
     assert (found - expected).abs().max() < 1e-14

@@ -157,7 +157,7 @@ CHOICES = [dict(), dict(guidance=3.0), dict(fake_guidance=2.0), dict(fake_weight
 def test_gradients_of_a_step_are_those_of_algorithm_2(pipeline, choice):
     task, fresh = task_of(pipeline, **choice), task_of(pipeline, **choice)
     task.step(3)  # psi moves, then theta; fresh keeps both as they were
-    draw = {name: part[0] for name, part in fresh.draw(3, 0).items() if name != "range"}
+    draw = {name: part[0] for name, part in fresh.draw(3, 0).items() if name != "levels"}
     cond, theta = draw["cond"], fresh.generator.network.denoiser
     null = {k: v.expand(8, *v.shape[1:]) for k, v in fresh.null.items()}
     start = torch.full((8, 1, 1, 1), 2.5, dtype=torch.float64)

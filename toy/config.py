@@ -31,17 +31,17 @@ class Config:
     target: str = option("ring", "the distribution to learn", TARGETS)
     seed: int = option(0, "of everything random")
     # the generator's loss
-    method: str = option("sim", "density is SIM with theta on the density of xt, right for l1 too but noisy; "
-                         "diff_instruct with --weighting sid is DMD2's first term",
-                         ("sim", "sid", "diff_instruct", "density"))  # fmt: skip
-    distance: str = option("pseudo_huber", "row of Table 4, for sim and density", sim.DISTANCES)
+    method: str = option("sim", "full adds what the theorem leaves out; density is SIM with theta on the "
+                         "density of xt, right for l1 too but noisy; diff_instruct with --weighting sid is "
+                         "DMD2's first term", ("sim", "full", "sid", "diff_instruct", "density"))  # fmt: skip
+    distance: str = option("pseudo_huber", "row of Table 4, for sim, full and density", sim.DISTANCES)
     c: float = option(None, "where pseudo_huber turns linear, in the units of --space")
     delta: float = option(None, "where huber turns linear, likewise")
     alpha: float = option(None, "power of power and exp (even), or the alpha of sid")
     beta: float = option(None, "scale of exp")
     space: str = option("denoised", "what the distance compares", sim.SPACES)
     sigma_distribution: str = option("edm", "noise levels of the generator's update", SIGMAS)
-    weighting: str = option("one", "weight over sigma of the generator's loss", ("one", "edm", "sid"))
+    weighting: str = option("one", "weight over sigma of the generator's loss", sim.WEIGHTINGS)
     # the other two networks
     teacher: str = option("learned", "exact: the target's closed form (all still start from a learned one)",
                           ("learned", "exact"))  # fmt: skip
@@ -174,12 +174,13 @@ def check(cfg):
 
 
 def surrogate(cfg):
-    """--method and --distance as sim_core.generator_loss takes them."""
-    given = {
-        name: getattr(cfg, name) for name in ("c", "delta", "alpha", "beta") if getattr(cfg, name) is not None
-    }
+    """--method and its parameters: a loss of sim_core on (fake, teacher, target)."""
+    given = {k: getattr(cfg, k) for k in ("c", "delta", "alpha", "beta") if getattr(cfg, k) is not None}
     if cfg.method in ("sid", "diff_instruct"):
         if unfit := set(given) - ({"alpha"} if cfg.method == "sid" else set()):
             raise ValueError(f"--method {cfg.method} does not take {', '.join(sorted(unfit))}")
+        if cfg.method == "diff_instruct" and cfg.space != "denoised":
+            raise ValueError("--method diff_instruct needs --space denoised, where the target is x0")
         return partial(sim.sid_loss, **given) if cfg.method == "sid" else sim.diff_instruct_loss
-    return sim.make_distance(cfg.distance, **given)
+    loss = sim.full_loss if cfg.method == "full" else sim.sim_loss
+    return partial(loss, distance=sim.make_distance(cfg.distance, **given))

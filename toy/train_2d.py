@@ -127,10 +127,7 @@ def distill(cfg, run, target, teacher, log, stop):
     draw_sigma = sigma_sampler(cfg.sigma_distribution, rng)
     draw_fake_sigma = sigma_sampler(cfg.fake_sigma_distribution, rng)
     fake_weight, sigma_data = score_matching_weight(cfg, target), target.data_std()
-    edm_weight = lambda x0, denoised, sigma, space: sim.edm_weight(sigma, sigma_data)
-    weight = {"one": 1.0, "edm": edm_weight, "sid": sim.sid_weight}[cfg.weighting]
-    loss_of = sim.density_loss if cfg.method == "density" else partial(sim.generator_loss, weight=weight)
-    distance, learned = surrogate(cfg), cfg.fake == "learned"
+    loss_of, weight, learned = surrogate(cfg), sim.WEIGHTINGS[cfg.weighting], cfg.fake == "learned"
 
     def normal():
         return torch.randn(batch, 2, generator=rng, device=cfg.device)
@@ -152,7 +149,13 @@ def distill(cfg, run, target, teacher, log, stop):
             fake = sample_law(run.generator(run.bank).detach()).denoiser  # sg: s_sg[theta]
             z = run.bank[torch.randint(len(run.bank), (batch,), generator=rng, device=cfg.device)]
         x0, sigma = run.generator(z), draw_sigma(batch)
-        loss = loss_of(teacher, fake, x0, sigma, normal(), distance, cfg.space).mean()
+        given = teacher, fake, x0, sigma, normal()
+        if cfg.method == "density":
+            losses = sim.density_loss(*given, loss_of.keywords["distance"], cfg.space)
+        else:
+            triple = sim.predictions(*given, cfg.space)
+            losses = sim.weigh(loss_of(*triple), weight(triple, sigma, cfg.space, sigma_data))
+        loss = losses.mean()
         update(run.optimiser, loss)
         run.fake.requires_grad_(True)
         return loss
