@@ -288,7 +288,7 @@ class Distiller:
         """Step n: the online network's updates, then the generator's.  Returns numbers, on the device.
 
         cfg.share saves a forward and costs a bias: theta's gradient g is judged where psi has just learned.
-        psi' = psi - eta/B sum_i grad l_i holds sample i's own l_i, a fresh sample's not.  To first order in eta
+        psi' = psi - eta/B sum_i grad l_i holds sample i's own l_i, a fresh sample's not; to first order
             E g(psi', x_i) - E g(psi', x_fresh) = -eta/B Cov(dg/dpsi, grad l), over the samples x.
         Adam multiplies grad l by about 1/sqrt(v), which grows as sqrt(B) while noise rules l's gradient: then
         the bias falls as eta/sqrt(B) only, in step with a batch's noise (tests/test_shared_forward.py).
