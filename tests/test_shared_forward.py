@@ -134,13 +134,11 @@ def test_the_bench_is_the_distillers_step():
 def test_the_bias_falls_with_the_batch_and_grows_with_fake_lr(seed):
     task, found = distiller(seed), {}
     print(f"\nseed {seed}  fake_lr  batch  bias / mean gradient  bias / batch's noise")
-    for kind, rate, batch in [(k, r, b) for k, r in RATES.items() for b in (8, 32, 128, 512)] + [
-        (k, r / 2, 32) for k, r in RATES.items()
-    ]:
+    cases = [(k, r, b) for k, r in RATES.items() for b in (8, 32, 128, 512)]
+    for kind, rate, batch in cases + [(k, r / 2, 32) for k, r in RATES.items()]:
         bias, error, mean, noise = Bench(task, batch, rate, kind == "adam").measure()
-        print(
-            f"{kind:6}  {rate:.4f}  {batch:5}     {bias / mean:.4f} ± {error / mean:.4f}     {bias / noise:.4f}"
-        )
+        ratio = f"{bias / mean:.4f} ± {error / mean:.4f}"
+        print(f"{kind:6}  {rate:.4f}  {batch:5}     {ratio}     {bias / noise:.4f}")
         found[kind, rate, batch] = bias
         assert bias < 0.15 * noise
     for kind, low, high in (("sgd", 2.5, 6), ("adam", 1.5, 4)):  # 4: 1 / batch, 2: 1 / root of batch
