@@ -282,7 +282,14 @@ class Distiller:
         return parts
 
     def step(self, n):
-        """Step n: the online network's updates, then the generator's.  Returns numbers, on the device."""
+        """Step n: the online network's updates, then the generator's.  Returns numbers, on the device.
+
+        cfg.share saves a forward and costs a bias: theta's gradient g is judged where psi has just learned.
+        psi' = psi - eta/B sum_i grad l_i holds sample i's own l_i, a fresh sample's not; to first order
+            E g(psi', x_i) - E g(psi', x_fresh) = -eta/B Cov(dg/dpsi, grad l), over the samples x.
+        Adam multiplies grad l by about 1/sqrt(v), which grows as sqrt(B) while noise rules l's gradient: then
+        the bias falls as eta/sqrt(B) only, in step with a batch's noise (tests/test_shared_forward.py).
+        """
         seen, share = n * self.cfg.batch, self.cfg.share
         warm, levels = n >= self.cfg.warmup, []
         for update in range(self.cfg.fake_updates):
