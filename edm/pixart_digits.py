@@ -138,7 +138,7 @@ def save_pipeline(folder, frozen, transformer):
     PixArtAlphaPipeline(
         AutoTokenizer.from_pretrained(frozen / "tokenizer"),
         T5EncoderModel.from_pretrained(frozen / "text_encoder"),
-        AutoencoderKL.from_pretrained(frozen / "vae"),
+        AutoencoderKL.from_pretrained(frozen / "vae", dtype=torch.float32),
         transformer,
         DPMSolverMultistepScheduler(beta_start=BETA_FIRST, beta_end=BETA_LAST, beta_schedule="linear"),
     ).save_pretrained(unfinished)
