@@ -46,7 +46,7 @@ def plane_otherwise():
 
 
 def parts():
-    yield from (*latents([0, 3], (1, 8, 8), 10), fixed_latents(EDMPrecond(8, 1, 10), "cpu"))
+    yield from (*latents([0, 3], (1, 8, 8), 10), fixed_latents(EDMPrecond(**UNET), "cpu"))
     net = EDMPrecond(**NCSNPP)
     yield net(net.model.map_layer0.bias.new_ones(9, *net.shape), 0.5, torch.eye(10)[:9])
     data = load_images("digits")
@@ -66,7 +66,7 @@ def text():
     given = dict(preset="pixart-digits", guidance=2.0, fake_guidance=1.5, steps=2)
     assert distill_pixart.main(TextDistillation(**TINY | given)) == 0
     pipeline, student = "run/teacher/pipeline", "run/generator.safetensors"
-    prompts.main(["encode", f"{pipeline}/prompts.txt", "run/captions.safetensors", "--text-encoder", pipeline])
+    prompts.main(f"encode {pipeline}/prompts.txt run/captions.safetensors --text-encoder {pipeline}".split())
     how = dict(teacher="", steps=2, device="cpu", export="run/exported")
     sample_pixart.main(sample_pixart.Settings(student, "a seven", "0-2", "run/sheet.png", **how))
 
