@@ -10,6 +10,7 @@ import sys
 
 import psutil
 import torch
+from torch.overrides import TorchFunctionMode
 
 from edm.config import UserError
 
@@ -40,6 +41,16 @@ def finest(device):
 def exact(tensor):
     """In float64, on its device or, if that has none, on the CPU."""
     return (tensor.cpu() if tensor.device.type in WITHOUT_FLOAT64 else tensor).double()
+
+
+class Single(TorchFunctionMode):
+    """Inside, networks of others, which name no type, are born in float32, whatever the default."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func in (torch.empty, torch.zeros, torch.ones, torch.randn) and kwargs.get("dtype") is None:
+            kwargs["dtype"] = torch.float32
+        return func(*args, **kwargs)
 
 
 def synchronise(device):

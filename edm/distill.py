@@ -97,7 +97,7 @@ def build(cfg, accelerator, teacher):
     fake = copy.deepcopy(teacher).requires_grad_(True)
     generator = Generator(copy.deepcopy(fake), cfg.sigma_init)
 
-    one_hot_rows = torch.eye(teacher.label_dim, device=accelerator.device)
+    one_hot_rows = torch.eye(teacher.label_dim, device=accelerator.device, dtype=torch.float32)
 
     def condition(rng, n):
         if not teacher.label_dim:

@@ -47,7 +47,8 @@ class TextDistiller(Distiller):
     def pick(self, rng, n):
         """Which prompts, and which of them the online network is not shown."""
         prompt = torch.randint(self.count, (n,), generator=rng, device=rng.device)
-        return {"prompt": prompt, "hidden": torch.rand(n, generator=rng, device=rng.device) < DROPOUT}
+        hidden = torch.rand(n, generator=rng, dtype=torch.float32, device=rng.device) < DROPOUT
+        return {"prompt": prompt, "hidden": hidden}
 
     def draw(self, *numbers):
         parts = super().draw(*numbers)
@@ -199,7 +200,7 @@ def make_pictures(run, task, vae):
     """Some prompts spread over all of them, with the latents of the first seeds."""
     n, columns = (40, 8) if task.shape[1] <= 16 else (8, 4)
     z, _ = latents(range(n), task.shape)
-    cond = task.captions(torch.linspace(0, task.count - 1, n).long())
+    cond = task.captions(torch.linspace(0, task.count - 1, n, dtype=torch.float32).long())
     return plots.Pictures(run, task, z.to(task.device), cond, lambda x: decode(vae, x), columns)
 
 

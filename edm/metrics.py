@@ -84,13 +84,15 @@ class SmallClassifier(nn.Module):
             raise UserError(f"{images.name}: has no labels, which a classifier needs")
         _, channels, resolution, _ = images.images.shape
         width = 32 if resolution <= 16 else 16  # larger images: half the width, for speed
-        layers = [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.SiLU()]
+        f32 = dict(dtype=torch.float32)
+        layers = [nn.Conv2d(channels, width, 3, padding=1, **f32), nn.BatchNorm2d(width, **f32), nn.SiLU()]
         while resolution > 4:
             now, width, resolution = width, min(2 * width, 64), (resolution + 1) // 2
-            layers += [nn.Conv2d(now, width, 3, stride=2, padding=1), nn.BatchNorm2d(width), nn.SiLU()]
-        layers += [nn.Flatten(), nn.Linear(width * resolution**2, self.num_features), nn.SiLU()]
+            layers += [nn.Conv2d(now, width, 3, stride=2, padding=1, **f32)]
+            layers += [nn.BatchNorm2d(width, **f32), nn.SiLU()]
+        layers += [nn.Flatten(), nn.Linear(width * resolution**2, self.num_features, **f32), nn.SiLU()]
         self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(self.num_features, images.num_classes)
+        self.head = nn.Linear(self.num_features, images.num_classes, **f32)
 
     def forward(self, images):
         return self.body(to_network(images))

@@ -35,7 +35,7 @@ def xavier_(weight, gain):
 
 
 def linear(n_in, n_out, bias=True):
-    layer = nn.Linear(n_in, n_out, bias=bias)
+    layer = nn.Linear(n_in, n_out, bias=bias, dtype=torch.float32)
     xavier_(layer.weight, 1)
     if bias:
         nn.init.zeros_(layer.bias)
@@ -43,7 +43,7 @@ def linear(n_in, n_out, bias=True):
 
 
 def group_norm(channels):
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6, dtype=torch.float32)
 
 
 class Conv2d(nn.Module):
@@ -55,8 +55,9 @@ class Conv2d(nn.Module):
 
     def __init__(self, n_in, n_out, kernel, *, up=False, down=False, fused=False, taps=(1, 1), gain=1.0):
         super().__init__()
-        self.weight = nn.Parameter(xavier_(torch.empty(n_out, n_in, kernel, kernel), gain))
-        self.bias = nn.Parameter(torch.zeros(n_out))
+        weight = torch.empty(n_out, n_in, kernel, kernel, dtype=torch.float32)
+        self.weight = nn.Parameter(xavier_(weight, gain))
+        self.bias = nn.Parameter(weight.new_zeros(n_out))
         self.up, self.down, self.fused, self.pad = up, down, fused, (len(taps) - 1) // 2
         if up or down:
             taps = torch.tensor(taps, dtype=torch.float32)
@@ -141,7 +142,8 @@ class SongUNet(nn.Module):
         emb_channels = model_channels * channel_mult_emb
         if embedding_type == "fourier":
             self.map_noise = nn.Module()
-            self.map_noise.register_buffer("freqs", 16 * torch.randn(self.noise_channels // 2))
+            freqs = 16 * torch.randn(self.noise_channels // 2, dtype=torch.float32)
+            self.map_noise.register_buffer("freqs", freqs)
         else:
             self.map_noise = None
         self.map_label = linear(label_dim, self.noise_channels) if label_dim else None
@@ -198,8 +200,8 @@ class SongUNet(nn.Module):
         emb = torch.cat([angle.sin(), angle.cos()], 1)
         if self.map_label is not None:
             if self.training and self.label_dropout:
-                keep = torch.rand(len(class_labels), 1, device=class_labels.device) >= self.label_dropout
-                class_labels = class_labels * keep
+                drawn = torch.rand(len(class_labels), 1, device=class_labels.device, dtype=torch.float32)
+                class_labels = class_labels * (drawn >= self.label_dropout)
             emb = emb + self.map_label(class_labels * math.sqrt(self.map_label.in_features))
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from edm import plots
 from edm.config import TEXT_TEACHERS, TextTeacherTraining, check, command_line
 from edm.data import Images, load_images, to_network, to_uint8
+from edm.device import Single
 from edm.metrics import Reference, classifier_features, data_floor, evaluate_samples, features_of
 from edm.pixart import BETA_FIRST, BETA_LAST, PixArtDenoiser, decode, encode, without
 from edm.pixart_files import load_vae
@@ -66,7 +67,8 @@ def make_text_encoder(folder):
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     vocabulary += [(piece, -1.0 - (len(piece) == 1)) for piece in dict.fromkeys(pieces)]
     T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=120).save_pretrained(folder / "tokenizer")
-    encoder = T5EncoderModel(T5Config(vocab_size=len(vocabulary), **T5))
+    with Single():
+        encoder = T5EncoderModel(T5Config(vocab_size=len(vocabulary), **T5))
     encoder.save_pretrained(folder / "text_encoder")
 
 
@@ -74,7 +76,8 @@ def train_vae(images, steps, batch=64, lr=4e-3, kl_weight=0.01):
     """Squared error + kl_weight KL, summed over pixels and latents -> AutoencoderKL for 16x16 images."""
     from diffusers import AutoencoderKL
 
-    vae, x = AutoencoderKL(**VAE), to_network(images)
+    with Single():
+        vae, x = AutoencoderKL(**VAE), to_network(images)
     optimiser = torch.optim.Adam(vae.parameters(), lr, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, steps)
     for _ in tqdm(range(steps), "VAE", unit="step", mininterval=1):
@@ -117,7 +120,7 @@ def text_examples(data, vae, encoder, levels):
             for high in (len(x0), len(TEMPLATES), len(levels))
         )
         prompt = labels[index] * len(TEMPLATES) + template
-        left_out = torch.rand(n, generator=rng, device=rng.device) < DROPOUT
+        left_out = torch.rand(n, generator=rng, dtype=torch.float32, device=rng.device) < DROPOUT
         caption, mask = without(captions["caption"][prompt], captions["mask"][prompt], null, left_out)
         sigma = levels[step].float()
         return x0[index], sigma, sigma**-2, {"caption": caption, "mask": mask}
@@ -135,7 +138,7 @@ def save_pipeline(folder, frozen, transformer):
     PixArtAlphaPipeline(
         AutoTokenizer.from_pretrained(frozen / "tokenizer"),
         T5EncoderModel.from_pretrained(frozen / "text_encoder"),
-        AutoencoderKL.from_pretrained(frozen / "vae"),
+        AutoencoderKL.from_pretrained(frozen / "vae", dtype=torch.float32),
         transformer,
         DPMSolverMultistepScheduler(beta_start=BETA_FIRST, beta_end=BETA_LAST, beta_schedule="linear"),
     ).save_pretrained(unfinished)
@@ -163,7 +166,8 @@ def main(cfg):
     accelerator.wait_for_everyone()
     vae, encoder = load_vae(frozen).to(accelerator.device), TextEncoder(frozen, accelerator.device)
     torch.manual_seed(cfg.seed)
-    network = PixArtDenoiser(PixArtTransformer2DModel(**TRANSFORMER)).to(accelerator.device)
+    with Single():
+        network = PixArtDenoiser(PixArtTransformer2DModel(**TRANSFORMER)).to(accelerator.device)
     task = TeacherTask(cfg, accelerator, network, text_examples(pictures(), vae, encoder, network.levels))
     z, _ = latents(range(40), network.shape)
     caption = encoder(grid_prompts())

@@ -372,7 +372,7 @@ def one_step_scheduler(transformer, sigma_init):
     """
     from diffusers import EulerDiscreteScheduler
 
-    t = int(PixArtDenoiser(transformer).timestep(torch.tensor([sigma_init])))
+    t = int(PixArtDenoiser(transformer).timestep(torch.tensor([sigma_init], dtype=torch.float32)))
     kept = 1 / (1 + sigma_of_t()[:t] ** 2)  # of the signal's variance, before t
     beta = (1 - kept / torch.cat([kept.new_ones(1), kept[:-1]])).float()
     before = float((1 - beta).cumprod(0)[-1]) if t else 1.0  # as diffusers rounds it

@@ -127,7 +127,7 @@ class Pictures:
         """[(name, latents), ...]: the generator's, noisy ones, and both networks' view of them."""
         cond, rows = {name: t[: len(x0)] for name, t in self.cond.items()}, [("generator", x0)]
         for value in PANEL_SIGMAS:
-            sigma = torch.full((len(x0),), value, device=x0.device)
+            sigma = torch.full((len(x0),), value, device=x0.device, dtype=torch.float32)
             xt = sim.add_noise(x0, sigma, self.z[-len(x0) :])
             with self.task.accelerator.autocast():
                 rows += [(f"x_t, sigma {value:g}", xt), ("teacher", self.task.teacher(xt, sigma, **cond)),

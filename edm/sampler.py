@@ -15,7 +15,7 @@ def latents(seeds, shape, label_dim=0):
     z, labels = [], []
     for seed in seeds:
         rng = torch.Generator().manual_seed(int(seed))
-        z.append(torch.randn(shape, generator=rng))
+        z.append(torch.randn(shape, generator=rng, dtype=torch.float32))
         labels.append(torch.randint(max(1, label_dim), (), generator=rng))
     return torch.stack(z), torch.stack(labels) if label_dim else None
 

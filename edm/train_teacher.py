@@ -47,7 +47,7 @@ class TeacherTask:
         # Dropout takes torch's own generator: a seed for each step and process.
         torch.manual_seed(generator_of("cpu", self.cfg.seed, n, 1 + self.batches.first).initial_seed())
         x0, sigma, weight, cond = self.examples(rng, size)
-        noise = torch.randn(x0.shape, generator=rng, device=self.device)
+        noise = torch.randn(x0.shape, generator=rng, device=self.device, dtype=torch.float32)
         x0, sigma, weight, noise = (self.batches.split(t) for t in (x0, sigma, weight, noise))
         cond = {name: self.batches.split(t) for name, t in cond.items()}
 
@@ -77,9 +77,9 @@ def image_examples(cfg, device, network, data):
         index = torch.randint(len(images), (n,), generator=rng, device=device)
         x0 = to_network(images[index])
         if cfg.flip:
-            mirrored = torch.rand(n, 1, 1, 1, generator=rng, device=device) < 0.5
+            mirrored = torch.rand(n, 1, 1, 1, generator=rng, dtype=torch.float32, device=device) < 0.5
             x0 = torch.where(mirrored, x0.flip(3), x0)
-        sigma = sim.SIGMA_DISTRIBUTIONS["edm"](n, generator=rng)
+        sigma = sim.SIGMA_DISTRIBUTIONS["edm"](n, generator=rng, dtype=torch.float32)
         cond = {} if labels is None else {"class_labels": labels[index]}
         return x0, sigma, sim.edm_weight(sigma, network.sigma_data), cond
 

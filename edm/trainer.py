@@ -243,8 +243,8 @@ class Distiller:
         self.ema = MovingAverage(generator, average, cfg)
         self.batches, self.loss, self.sigma_data = Batches(cfg, accelerator), surrogate(cfg), sigma_data
         self.bins = [edge * sigma_data for edge in SIGMA_BINS]
-        self.edges = torch.tensor(self.bins, device=self.device)
-        self.gaps = torch.zeros(2, len(self.bins) + 1, device=self.device)  # sums and counts by sigma
+        self.edges = torch.tensor(self.bins, device=self.device, dtype=torch.float32)
+        self.gaps = self.edges.new_zeros(2, len(self.bins) + 1)  # sums and counts by sigma
 
     def weight(self, weighting, sigma, triple=None):
         return sim.WEIGHTINGS[weighting](triple, sigma, self.cfg.space, self.sigma_data)
@@ -262,12 +262,13 @@ class Distiller:
     # Algorithm 2.
 
     def draw_sigma(self, distribution, rng):
-        return sim.SIGMA_DISTRIBUTIONS[distribution](self.cfg.batch, generator=rng)
+        return sim.SIGMA_DISTRIBUTIONS[distribution](self.cfg.batch, generator=rng, dtype=torch.float32)
 
     def draw(self, *numbers):
         """Latents, conditions, and both updates' noise levels and noise, as lists of micro-batches."""
         rng, n = generator_of(self.device, self.cfg.seed, *numbers), self.cfg.batch
-        normal = partial(torch.randn, n, *self.shape, generator=rng, device=self.device)
+        how = dict(device=self.device, dtype=torch.float32)
+        normal = partial(torch.randn, n, *self.shape, generator=rng, **how)
         parts = dict(
             z=normal(),
             fake_sigma=self.draw_sigma(self.cfg.fake_sigma_distribution, rng),

@@ -78,7 +78,7 @@ def audit(monkeypatch):
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "meta")
     for module in ("edm.trainer", "edm.train_teacher"):
         monkeypatch.setattr(f"{module}.generator_of", lambda *numbers: torch.Generator().manual_seed(0))
-    draw = lambda name: lambda n, generator=None: name(n, device="meta")
+    draw = lambda name: lambda n, generator=None, dtype=None: name(n, device="meta", dtype=dtype)
     levels = {k: draw(v) for k, v in sim.SIGMA_DISTRIBUTIONS.items()}
     monkeypatch.setattr(sim, "SIGMA_DISTRIBUTIONS", levels)
     AcceleratorState._reset_state(True)

@@ -18,7 +18,7 @@ from tests.by_hand import Learner, flat
 from toy.mixtures import ring
 from toy.networks import Denoiser, Generator
 
-TOTAL, ROUNDS, SCOUTS = 8192, 32, 16  # samples a round; rounds; rounds beforehand, for Adam's moments
+TOTAL, ROUNDS, SCOUTS = 8192, 12, 8  # samples a round; rounds; rounds beforehand, for Adam's moments
 RATES = {"sgd": 1e-3, "adam": 4e-3}
 
 
@@ -64,10 +64,10 @@ class Bench:
 
     def draw(self, *numbers):
         """-> samples, what else theta's update draws, and psi's gradients."""
-        d = {k: v[0] for k, v in self.task.draw(*numbers).items() if k not in ("range", "cond")}
+        d = {k: v[0] for k, v in self.task.draw(*numbers).items() if k not in ("levels", "cond")}
         x0, sigma = self.task.generator.network(d["z"]), d["fake_sigma"]
         psi = {k: p.expand(self.count, *p.shape).clone().requires_grad_() for k, p in self.psi.items()}
-        losses = sim.fake_loss(self.fakes(psi), x0, sigma, d["fake_noise"], self.task.fake_weight(sigma))
+        losses = sim.fake_loss(self.fakes(psi), x0, sigma, d["fake_noise"], self.task.weight("edm", sigma))
         gradients = torch.autograd.grad(losses.sum() * self.count / len(x0), [*psi.values()])
         return x0, {k: d[k] for k in ("sigma", "noise")}, dict(zip(psi, gradients))
 

@@ -142,11 +142,12 @@ class Log:
         self.start, self.warned = time.perf_counter() - seconds, set()
         rng = torch.Generator(cfg.device).manual_seed(cfg.seed + 1)
         self.data = target.sample(N_LOG, rng)
-        self.z, self.noise = (torch.randn(n, 2, generator=rng, device=cfg.device) for n in (N_LOG, N_PROBE))
+        how = dict(device=cfg.device, dtype=torch.float32)
+        self.z, self.noise = (torch.randn(n, 2, generator=rng, **how) for n in (N_LOG, N_PROBE))
         self.within_data = mean_distance(self.data, self.data)
         self.floor = energy_floor(N_LOG, N_LOG, self.within_data)
         self.points = plots.field_points().to(cfg.device)
-        self.field_sigma = torch.full((len(self.points),), plots.FIELD_SIGMA, device=cfg.device)
+        self.field_sigma = self.points.new_full((len(self.points),), plots.FIELD_SIGMA)
         self.scene = (self.data.cpu(), teacher(self.points, self.field_sigma).cpu(), self.floor, cfg.steps)
         self.window = plots.Window(*self.scene) if cfg.show else None
 
@@ -222,7 +223,8 @@ def evaluate(cfg, run, log):
     rng = torch.Generator(cfg.device).manual_seed(cfg.seed + 2)
     energies, first, n = [], None, cfg.samples
     for _ in range(DRAWS):
-        z, data = torch.randn(n, 2, generator=rng, device=cfg.device), log.target.sample(n, rng)
+        z = torch.randn(n, 2, generator=rng, device=cfg.device, dtype=torch.float32)
+        data = log.target.sample(n, rng)
         with torch.no_grad():
             samples, teacher = run.ema(z), heun(log.teacher, z)
         within, first = mean_distance(data, data), first or (samples, teacher, data)
@@ -231,7 +233,7 @@ def evaluate(cfg, run, log):
             [energy_distance(samples, data, within), energy_distance(teacher, data, within), floor]
         )
     samples, teacher, data = first
-    energy, teacher_energy, floor = torch.tensor(energies).mean(0).tolist()
+    energy, teacher_energy, floor = torch.tensor(energies, dtype=torch.float32).mean(0).tolist()
     metrics = {
         "energy_distance": energy,
         "energy_distance_floor": floor,

@@ -43,8 +43,9 @@ def mode_metrics(x, target):
     distance = torch.cdist(x, target.means) / target.stds
     nearest = distance.min(1)
     n_modes = int(target.modes.max()) + 1
-    share = torch.bincount(target.modes[nearest.indices], minlength=n_modes) / len(x)
-    good = torch.bincount(target.modes[nearest.indices[nearest.values <= 3]], minlength=n_modes) / len(x)
+    share = torch.bincount(target.modes[nearest.indices], minlength=n_modes).to(x) / len(x)
+    close = target.modes[nearest.indices[nearest.values <= 3]]
+    good = torch.bincount(close, minlength=n_modes).to(x) / len(x)
     weights = x.new_zeros(n_modes).index_add_(0, target.modes, target.weights)
     return {
         "high_quality": good.sum().item(),

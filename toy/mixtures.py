@@ -7,6 +7,7 @@ form.  `TARGETS` maps names to 2-D examples; `make_target` builds one.
 
 import math
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -71,11 +72,11 @@ def equal_mixture(means, std, modes=None):
     means = torch.as_tensor(means, dtype=torch.float32)
     K = len(means)
     modes = torch.arange(K) if modes is None else torch.as_tensor(modes)
-    return Mixture(means, torch.full((K,), float(std)), torch.full((K,), 1 / K), modes)
+    return Mixture(means, means.new_full((K,), float(std)), means.new_full((K,), 1 / K), modes)
 
 
 def _circle(n, radius=1.0, turn=0.0):
-    angle = 2 * math.pi * (torch.arange(n) + turn) / n
+    angle = 2 * math.pi * (torch.arange(n, dtype=torch.float32) + turn) / n
     return radius * torch.stack([angle.cos(), angle.sin()], 1)
 
 
@@ -86,7 +87,7 @@ def ring():
 
 def grid():
     """5 x 5 Gaussians, spacing 0.6, std 0.05."""
-    ticks = 0.6 * (torch.arange(5) - 2.0)
+    ticks = 0.6 * (torch.arange(5, dtype=torch.float32) - 2.0)
     return equal_mixture(torch.cartesian_prod(ticks, ticks), 0.05)
 
 
@@ -97,9 +98,9 @@ def two_rings():
 
 def pinwheel():
     """5 curved arms of 12 Gaussians, std 0.05; a mode is an arm."""
-    radius = torch.linspace(0.3, 1.3, 12)
+    radius = torch.linspace(0.3, 1.3, 12, dtype=torch.float32)
     arms = torch.arange(5).repeat_interleave(12)
-    angle = 2 * math.pi * arms / 5 + 0.9 * radius.repeat(5)
+    angle = 2 * math.pi * arms.float() / 5 + 0.9 * radius.repeat(5)
     return equal_mixture(radius.repeat(5)[:, None] * torch.stack([angle.cos(), angle.sin()], 1), 0.05, arms)
 
 
@@ -134,17 +135,18 @@ def swiss_roll():
 def checkerboard():
     """8 squares of side 0.6, each 8 x 8 Gaussians of std 0.04; a mode is a square."""
     cells = torch.tensor([(i, j) for i in range(4) for j in range(4) if (i + j) % 2 == 0])
-    inside = (torch.arange(8) + 0.5) / 8
+    inside = (torch.arange(8, dtype=torch.float32) + 0.5) / 8
     corners = cells.repeat_interleave(64, 0) - 2 + torch.cartesian_prod(inside, inside).repeat(8, 1)
     return equal_mixture(0.6 * corners, 0.04, torch.arange(8).repeat_interleave(64))
 
 
 def letters():
     """The word SIM, drawn with Gaussians of std 0.04; a mode is a letter."""
-    bend = torch.linspace(0.25, 1.5, 16) * math.pi
-    top = torch.stack([bend.cos(), bend.sin()], 1) * 0.3 + torch.tensor([0.0, 0.3])
-    s = torch.cat([top, -top.flip(0)[1:]]) - torch.tensor([1.15, 0.0])
-    line = lambda a, b, n: torch.lerp(torch.tensor(a), torch.tensor(b), torch.linspace(0, 1, n)[:, None])
+    linspace, tensor = (partial(f, dtype=torch.float32) for f in (torch.linspace, torch.tensor))
+    bend = linspace(0.25, 1.5, 16) * math.pi
+    top = torch.stack([bend.cos(), bend.sin()], 1) * 0.3 + tensor([0.0, 0.3])
+    s = torch.cat([top, -top.flip(0)[1:]]) - tensor([1.15, 0.0])
+    line = lambda a, b, n: torch.lerp(tensor(a), tensor(b), linspace(0, 1, n)[:, None])
     i = line([-0.45, -0.6], [-0.45, 0.6], 15)
     m = [(0.05, -0.6), (0.05, 0.6), (0.65, -0.2), (1.25, 0.6), (1.25, -0.6)]
     m = torch.cat([line(a, b, 15 if a[0] == b[0] else 12) for a, b in zip(m, m[1:])])

@@ -1,9 +1,12 @@
 """Small networks for points in the plane.  The denoisers are called as denoiser(xt, sigma)."""
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
+
+Linear = partial(nn.Linear, dtype=torch.float32)  # whatever the default
 
 
 class Denoiser(nn.Module):
@@ -17,10 +20,10 @@ class Denoiser(nn.Module):
     def __init__(self, dim=2, width=128, depth=3, sigma_data=0.5):
         super().__init__()
         self.sigma_data, self.depth = sigma_data, depth
-        self.register_buffer("frequencies", math.pi * torch.linspace(0.25, 4.0, 8))
-        self.embed = nn.Linear(1 + 2 * 8, 2 * depth * width)
-        self.layers = nn.ModuleList(nn.Linear(dim if i == 0 else width, width) for i in range(depth))
-        self.out = nn.Linear(width, dim)
+        self.register_buffer("frequencies", math.pi * torch.linspace(0.25, 4.0, 8, dtype=torch.float32))
+        self.embed = Linear(1 + 2 * 8, 2 * depth * width)
+        self.layers = nn.ModuleList(Linear(dim if i == 0 else width, width) for i in range(depth))
+        self.out = Linear(width, dim)
         nn.init.zeros_(self.out.weight)  # starts as the best linear denoiser, F = 0
         nn.init.zeros_(self.out.bias)
 
@@ -52,7 +55,7 @@ class Generator(nn.Module):
 
 def mlp(sizes):
     """Linear layers of these sizes with SiLU between."""
-    layers = [module for i, o in zip(sizes, sizes[1:]) for module in (nn.Linear(i, o), nn.SiLU())]
+    layers = [module for i, o in zip(sizes, sizes[1:]) for module in (Linear(i, o), nn.SiLU())]
     return nn.Sequential(*layers[:-1])
 
 
@@ -102,6 +105,6 @@ class VPDenoiser(nn.Module):
         self.register_buffer("sigmas", vp_sigmas())
 
     def forward(self, xt, sigma):
-        t = torch.searchsorted(self.sigmas, sigma.contiguous()).clamp_max(VP_STEPS - 1)
+        t = torch.searchsorted(self.sigmas, sigma.contiguous()).clamp_max(VP_STEPS - 1).float()
         s = sigma[:, None]
         return xt - s * self.epsilon(torch.cat([xt * (1 + s**2).rsqrt(), t[:, None] / VP_STEPS], 1))

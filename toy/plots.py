@@ -17,7 +17,7 @@ LIMIT = 1.9
 
 def field_points(n=13):
     """(n * n, 2) points on which the movie shows where the two networks point."""
-    ticks = torch.linspace(-0.9 * LIMIT, 0.9 * LIMIT, n)
+    ticks = torch.linspace(-0.9 * LIMIT, 0.9 * LIMIT, n, dtype=torch.float32)
     return torch.cartesian_prod(ticks, ticks)
 
 

@@ -39,7 +39,8 @@ LOGS = 40  # rows of the log and frames of the movie, denser at first, when most
 
 
 def sigma_sampler(name, rng):
-    return partial(vp_sigma if name == "vp" else sim.SIGMA_DISTRIBUTIONS[name], generator=rng)
+    draw = vp_sigma if name == "vp" else partial(sim.SIGMA_DISTRIBUTIONS[name], dtype=torch.float32)
+    return partial(draw, generator=rng)
 
 
 def optimiser_and_schedule(network, lr, steps, betas, schedule="cosine"):
@@ -82,7 +83,7 @@ def train_teacher(cfg, target, rng, batch=1024, lr=5e-3):
     weight = score_matching_weight(cfg, target)
     for _ in tqdm(range(cfg.teacher_steps), desc="teacher", unit="step", mininterval=0.5):
         x0, sigma = target.sample(batch, rng), draw_sigma(batch)
-        noise = torch.randn(x0.shape, generator=rng, device=cfg.device)
+        noise = torch.randn(x0.shape, generator=rng, device=cfg.device, dtype=torch.float32)
         update(optimiser, sim.fake_loss(network, x0, sigma, noise, weight(sigma)).mean())
         schedule.step()
         ema.update_parameters(network)
@@ -106,7 +107,8 @@ class Run:
         how = cfg.steps, (0.0, cfg.beta2), cfg.schedule
         self.optimiser, self.schedule = optimiser_and_schedule(self.generator, cfg.lr, *how)
         self.fake_optimiser, self.fake_schedule = optimiser_and_schedule(self.fake, cfg.fake_lr, *how)
-        self.bank = torch.randn(cfg.bank, 2, generator=rng, device=cfg.device)  # latents of --fake exact
+        # latents of --fake exact
+        self.bank = torch.randn(cfg.bank, 2, generator=rng, device=cfg.device, dtype=torch.float32)
         self.history, self.snapshots = [], []  # rows of the log, frames of the movie
 
     def state_dict(self):
@@ -130,7 +132,7 @@ def distill(cfg, run, target, teacher, log, stop):
     loss_of, weight, learned = surrogate(cfg), sim.WEIGHTINGS[cfg.weighting], cfg.fake == "learned"
 
     def normal():
-        return torch.randn(batch, 2, generator=rng, device=cfg.device)
+        return torch.randn(batch, 2, generator=rng, device=cfg.device, dtype=torch.float32)
 
     def update_fake():
         """psi: denoise the generator's samples."""
