@@ -46,6 +46,7 @@ FIGURE2 = {  # title of the panel -> its arms
 }  # fmt: skip
 ARMS = {arm: changes for arms in FIGURE2.values() for arm, changes in arms.items()}
 ARMS |= {"default": {}, "bf16": dict(precision="bf16"), "no-share": dict(share=False)}
+ARMS |= {"full": dict(method="full"), "full-l2": dict(method="full", distance="l2")}
 LOOKS = 6  # scores of a run
 
 

@@ -265,6 +265,9 @@ def test_gradient_flows_through_xt_and_both_networks():
     scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     sim.generator_loss(affine(scale, 0.1), affine(0.5, -0.2), x0, sigma, noise, "l2").sum().backward()
     assert scale.grad.abs() > 0, "the core freezes nothing by itself"
+    assert not sim.density_loss(
+        affine(scale, 0.1), affine(scale, 0), x0.detach(), sigma, noise, "l2"
+    ).requires_grad
     full = x0.grad.clone()
     # by hand: y = (0.5 - 0.7) xt - 0.3 s, residual = -0.5 x0 + 0.5 s n - 0.2 s; dy/dx0 = -0.2, dr/dx0 = -0.5
     s, xt = sigma[:, None], (x0 + sigma[:, None] * noise).detach()
@@ -346,20 +349,6 @@ def test_empty_and_one_dimensional_batches():
             sim.generator_loss(affine(0.7, 0.1), affine(0.5, 0.1), x0, sigma, noise, "pseudo_huber").shape
             == shape[:1]
         )
-
-
-@pytest.mark.parametrize("name", sim.DISTANCES)
-def test_under_torch_compile(name):
-    x0, sigma, noise = batch(4, 3)
-    teacher, fake = affine(0.7, 0.1), affine(0.5, -0.2)
-
-    def loss(x0, sigma, noise):
-        triple = sim.predictions(teacher, fake, x0, sigma, noise, "score")
-        return sim.weigh(sim.full_loss(*triple, name), sim.WEIGHTINGS["sid"](triple, sigma, "score", 0.5))
-
-    torch._dynamo.reset()
-    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
-    assert (compiled(x0, sigma, noise) - loss(x0, sigma, noise)).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("name", sim.DISTANCES)
@@ -470,10 +459,10 @@ def test_pseudo_huber_where_squares_overflow():
     y = torch.full((1, 100), 30.0, dtype=torch.float16)
     assert sim.PseudoHuber().grad(y)[0, 0].item() == pytest.approx(0.1, rel=1e-3)
     assert sim.PseudoHuber().value(y).item() == pytest.approx(299.9, rel=1e-3)
-    for dtype in (torch.float32, torch.bfloat16):
-        y = torch.full((1, 100), 3e30, dtype=dtype)
-        assert sim.PseudoHuber().grad(y)[0, 0].item() == pytest.approx(0.1, rel=0.01)
-        assert sim.PseudoHuber().value(y).item() == pytest.approx(3e31, rel=0.01)
+    for dtype, error in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        y = torch.full((1, 4), 3e30, dtype=dtype)
+        assert sim.PseudoHuber().grad(y)[0, 0].item() == pytest.approx(0.5, rel=error)
+        assert sim.PseudoHuber().value(y).item() == pytest.approx(6e30, rel=error)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -585,3 +574,17 @@ def test_the_core_imports_torch_and_the_standard_library_only():
     modules = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     modules |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     assert modules == {"math", "dataclasses", "functools", "torch"}
+
+
+@pytest.mark.parametrize("name", sim.DISTANCES)
+def test_under_torch_compile(name):
+    x0, sigma, noise = batch(4, 3)
+    teacher, fake = affine(0.7, 0.1), affine(0.5, -0.2)
+
+    def loss(x0, sigma, noise):
+        triple = sim.predictions(teacher, fake, x0, sigma, noise, "score")
+        return sim.weigh(sim.full_loss(*triple, name), sim.WEIGHTINGS["sid"](triple, sigma, "score", 0.5))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    assert (compiled(x0, sigma, noise) - loss(x0, sigma, noise)).abs().max() < 1e-12

@@ -37,6 +37,9 @@ for name in sys.argv[1].split():
     except ImportError:  # edm/requirements.txt is not installed
         pass
 import pytest
+from hypothesis import Phase, settings
+settings.register_profile("no shrinking", phases=[Phase.generate])
+settings.load_profile("no shrinking")
 for line in sys.stdin:
     if not (child := os.fork()):
         folder, tests = line.rstrip().split(" ", 1)

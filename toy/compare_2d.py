@@ -58,6 +58,8 @@ GROUPS = {  # group -> arm -> what it changes
     },
     "weighting (one)": {"weight-sid": SIDWGT, "weight-edm": dict(weighting="edm")},
     "method (SIM)": {
+        "full": dict(method="full"),
+        "full-l2": dict(method="full", distance="l2"),
         **{f"sid-{alpha:g}": SID | dict(alpha=alpha) for alpha in (0.5, 0.75, 1.0, 1.2)},
         "diff-instruct": dict(method="diff_instruct"),
     },
