@@ -522,6 +522,20 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(here, monkeypatch, capsys, tm
     assert not [*tmp_path.rglob("tmp-*")]
 
 
+@pytest.mark.parametrize("update", ["online", "generator"])
+def test_nan_among_the_levels_is_named_where_the_log_is(update, here, monkeypatch, capsys, tmp_path):
+    draw, calls = Distiller.draw_sigma, iter(range(100))
+
+    def broken(self, *args):
+        sigma, last = draw(self, *args), 4 if update == "online" else 5
+        return sigma.index_fill(0, torch.tensor([0]), math.nan) if next(calls) == last else sigma
+
+    monkeypatch.setattr(Distiller, "draw_sigma", broken)
+    monkeypatch.setattr(sim, "_check", lambda *_: None)  # as on an accelerator, where a look costs a stall
+    assert run(out=tmp_path) == 1
+    assert re.search(r"no longer finite at step \d .*sigma_min nan", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("changes", [
     dict(lr=1e30), dict(fake_lr=1e30), dict(lr=1e30, every=8), dict(lr=1e38, steps=1)], ids=str)  # fmt: skip
 def test_divergence_stops_and_keeps_a_good_checkpoint(changes, here, capsys, tmp_path):

@@ -20,12 +20,12 @@ def report(tmp_path_factory):
 def test_smooth_distances_hold_to_machine_precision(report):
     for name in ("l2", "power", "exp", "pseudo_huber"):
         row = report["distances"][name]
-        assert max(row[c] for c in ("score", "noise", "denoised", "density")) < 1e-12
+        assert max(row[c] for c in verify.RIGHT) < 1e-12
 
 
 def test_kinks_and_jumps(report):
     huber, l1 = report["distances"]["huber"], report["distances"]["l1"]
-    assert max(huber[c] for c in ("score", "noise", "denoised", "density")) < 1e-3
+    assert max(huber[c] for c in verify.RIGHT) < 1e-3
     assert l1["density"] < 5e-3 and 0.05 < l1["score"] < 1, "L1 under autograd is biased, and not by little"
     assert l1["score"] == pytest.approx(l1["detached"], abs=1e-9), "all that autograd sees of sign' is 0"
 
@@ -58,15 +58,24 @@ def test_the_identity_at_other_seeds_and_noise_levels(monkeypatch, seed, sigma):
     bed, distance = verify.TestBed(seed), sim.PseudoHuber(1.0)
     truth = bed.gradient(bed.objective(distance, "score"), 200)
     assert verify.relative(bed.gradient(bed.surrogate(distance), 200), truth) < 1e-8
+    for space in sim.SPACES:
+        assert verify.full_error(bed, distance, space, 200) < 1e-8
 
 
-def test_a_wrong_core_is_caught(monkeypatch, tmp_path, capsys):
-    right = sim.sim_loss
-    monkeypatch.setattr(
-        sim,
-        "sim_loss",
-        lambda fake, teacher, target, distance: right(fake, teacher, target, distance) * 1.001,
-    )
+def test_the_full_gradient_is_more_than_the_stopped_one():
+    bed, l2 = verify.TestBed(1), sim.SquaredL2()
+    stopped, full = (bed.gradient(bed.objective(l2, "score", law_moves), 60) for law_moves in (False, True))
+    assert verify.relative(stopped, full) > 0.05
+    half = bed.gradient(bed.on_triple(lambda *triple: sim.sid_loss(*triple, alpha=0.5)), 60)
+    assert verify.relative(2 * half, full) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["sim_loss", "full_loss"])
+def test_a_wrong_core_is_caught(name, monkeypatch, tmp_path, capsys):
+    right = getattr(sim, name)
+    monkeypatch.setattr(sim, name, lambda *args, **kwargs: right(*args, **kwargs) * 1.001)
+    monkeypatch.setattr(verify, "ROWS", {"l2": (sim.SquaredL2(), 60, 1e-6)})
+    monkeypatch.setattr(verify, "convergence", lambda *args: {})
     assert verify.main(["--quick", "--out", str(tmp_path)]) == 1
     assert "FAILS" in capsys.readouterr().out
 
@@ -75,6 +84,7 @@ def test_bad_arguments(tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     for args in (
         ["--seed", "x"],
+        ["--threads", "0"],
         ["--json", str(tmp_path / "file/v.json")],
         ["--out", str(tmp_path / "file")],
     ):
