@@ -25,8 +25,6 @@ SUITES = {  # the tests that must notice: what breaks
     f"test_networks.py test_sample.py -k {OF_PARTS}": IMAGE_PARTS,
     f"test_distill_pixart.py test_pixart.py -k {OF_TEXT}": TEXT,
 }
-BROKEN = [(tests, name) for tests, mutations in SUITES.items() for name in mutations]
-
 
 # Imports cost more than most of these tests: one process does them, and a fork of it runs each test.
 FORKS = """
@@ -46,7 +44,7 @@ for line in sys.stdin:
         files, _, names = tests.partition(" -k ")
         os.chdir(folder)
         sys.path.insert(0, folder)
-        signal.alarm(120)
+        signal.alarm(300)
         out = os.open("out", os.O_WRONLY | os.O_CREAT)
         os.dup2(out, 1), os.dup2(out, 2)
         code = pytest.main(["-n", "0", "-x", "-p", "no:cacheprovider", "-k", names, *files.split()])
@@ -83,15 +81,32 @@ def run(tmp_path_factory):
     forks.wait()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("tests", SUITES)
-def test_the_program_as_it_is_passes(run, tests):
-    code, out = run(tests)
-    assert code == 0, out[-2000:]
+class Broken:
+    def test_the_program_as_it_is_passes(self, run, tests):
+        code, out = run(tests)
+        assert code == 0, out[-2000:]
+
+    def test_a_broken_program_is_caught(self, run, tests, name):
+        code, out = run(tests, *SUITES[tests][name])
+        assert code == 1 and "1 failed" in out, f"{name} went unnoticed:\n{out[-2000:]}"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tests, name", BROKEN)
-def test_a_broken_program_is_caught(run, tests, name):
-    code, out = run(tests, *SUITES[tests][name])
-    assert code == 1 and "1 failed" in out, f"{name} went unnoticed:\n{out[-2000:]}"
+class TestTheCoreAndThePlane(Broken):  # a class to a worker
+    suites = tuple(tests for tests in SUITES if SUITES[tests] in (CORE, PLANE, PLANE_PARTS))
+
+
+@pytest.mark.slow
+class TestImagesAndText(Broken):
+    suites = tuple(tests for tests in SUITES if tests not in TestTheCoreAndThePlane.suites)
+
+
+def pytest_generate_tests(metafunc):
+    suites = metafunc.cls.suites
+    if "name" in metafunc.fixturenames:
+        broken = [(tests, name) for tests in suites for name in SUITES[tests]]
+        metafunc.parametrize(
+            "tests, name", broken, ids=[f"{tests.split()[0]}: {name}" for tests, name in broken]
+        )
+    else:
+        metafunc.parametrize("tests", suites)
