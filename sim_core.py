@@ -176,7 +176,7 @@ class PseudoHuber(Distance):
 DISTANCES = dict(l2=SquaredL2, power=Power, exp=Exp, l1=L1, huber=Huber, pseudo_huber=PseudoHuber)
 
 
-def make_distance(distance, **parameters):
+def make_distance(distance: str | Distance, **parameters) -> Distance:
     """make_distance("power", alpha=6) -> an instance; of an instance, itself."""
     if callable(getattr(distance, "grad", None)) and not isinstance(distance, type):
         return distance
@@ -242,10 +242,9 @@ def sim_loss(fake: Tensor, teacher: Tensor, target: Tensor, distance) -> Tensor:
 
 @_formula
 def full_loss(fake: Tensor, teacher: Tensor, target: Tensor, distance) -> Tensor:
-    """`sim_loss` + d(y): its gradient is that of E d(y) with the law of xt moving, too.
-
-    d(y) along xt, the scores' parameters stopped, is what the theorem leaves out.  Its gradient vanishes
-    where the scores agree, if d'(0) = 0."""
+    """`sim_loss` + d(y): its gradient is that of E d(y) with the law of xt moving, too; d(y) along xt, the
+    scores' parameters stopped, is what the theorem leaves out.  Equal to SIM's where the scores agree (if
+    d'(0) = 0: both are 0).  For squared L2, `sid_loss` at alpha = 1/2 is half of it."""
     return sim_loss(fake, teacher, target, distance) + make_distance(distance).value(fake - teacher)
 
 
@@ -253,8 +252,8 @@ def full_loss(fake: Tensor, teacher: Tensor, target: Tensor, distance) -> Tensor
 def sid_loss(fake: Tensor, teacher: Tensor, target: Tensor, alpha=1.2) -> Tensor:
     """For comparison, SiD (Zhou et al. 2024): -y^T ((teacher - target) + alpha y).
 
-    Equals -y^T (fake - target) + (1 - alpha) ||y||^2: for squared L2, half of `sim_loss` at alpha = 1 and
-    half of `full_loss` at 1/2; SiD's choice, 1.2, lies on the other side of SIM."""
+    Equals -y^T (fake - target) + (1 - alpha) ||y||^2: for squared L2 half of `sim_loss` at alpha = 1 and of
+    `full_loss` at 1/2; SiD's choice, 1.2, lies on the other side of SIM."""
     y = fake - teacher
     return -_dot(y, teacher - target + alpha * y)
 
@@ -281,7 +280,7 @@ def weigh(loss: Tensor, weight: float | Tensor) -> Tensor:
 
 
 # --- Losses on networks: the two updates of Algorithm 2.
-def predictions(teacher, fake, x0: Tensor, sigma: Tensor, noise: Tensor, space="denoised", **cond):
+def predictions(teacher, fake, x0: Tensor, sigma: Tensor, noise: Tensor, space="denoised", **cond) -> tuple:
     """What both networks say of xt = x0 + sigma * noise, and what is true -> (fake, teacher, target):
 
         denoised  (D_psi, D_q, x0),   noise  (eps_psi, eps_q, noise),   score  (s_psi, s_q, -noise / sigma)
@@ -301,17 +300,20 @@ def fake_loss(fake, x0: Tensor, sigma: Tensor, noise: Tensor, weight=1.0, **cond
     return denoising_loss(fake(add_noise(x0, sigma, noise), sigma, **cond), x0, weight)
 
 
-def generator_loss(teacher, fake, x0, sigma, noise, distance, space="denoised", weight=1.0, **cond) -> Tensor:
+def generator_loss(
+    teacher, fake, x0: Tensor, sigma: Tensor, noise: Tensor, distance, space="denoised", *, weight=1.0, **cond
+) -> Tensor:
     """theta's update: weight * `sim_loss` of the `predictions`; weight a number or (B,).  Only differences
     count (not their sign: d' is odd), so spaces differ by powers of sigma alone."""
     return weigh(sim_loss(*predictions(teacher, fake, x0, sigma, noise, space, **cond), distance), weight)
 
 
-def density_loss(teacher, fake, x0, sigma, noise, distance, space="denoised", **cond) -> Tensor:
+def density_loss(
+    teacher, fake, x0: Tensor, sigma: Tensor, noise: Tensor, distance, space="denoised", **cond
+) -> Tensor:
     """SIM with theta in the density of xt instead of on its path: right for jumps of d' too.
 
         sg(l) log q(xt | x0) + l  at fixed xt,    l = -sg(d'(y))^T (fake - target)
-
     is (A.4) as an integral over xt.  `sim_loss` needs the derivative of d'(y(xt)), for L1 a Dirac, for which
     autograd has 0.  Here gradient flows through x0 alone, in log q and target, and is much noisier."""
     with torch.no_grad():
@@ -339,11 +341,9 @@ def lognormal_sigma(n: int, mean, std, sigma_min=0.0, sigma_max=math.inf, **how)
 
 
 def karras_sigma(n: int, sigma_min=0.002, sigma_max=80.0, rho=7.0, t_max=0.8, **how) -> Tensor:
-    """n draws of SiD's levels: t ~ U[0, t_max] on Karras' ladder, counted from its lower end,
-
-        sigma = (sigma_max^(1/rho) + (1 - t) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho:
-
-    0.002 to 24.4.  (B.8) prints the largest, 0.084 to 80, instead.  how: generator, device, dtype."""
+    """n draws of SiD's levels: t ~ U[0, t_max] on Karras' ladder, counted from its lower end, 0.002 to 24.4,
+        sigma = (sigma_max^(1/rho) + (1 - t) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho.
+    (B.8) prints the largest levels instead, 0.084 to 80.  how: generator, device, dtype."""
     if not (0 < sigma_min <= sigma_max < math.inf and 0 < t_max <= 1 and 0 < rho < math.inf):
         raise ValueError(f"no levels: sigma_min {sigma_min}, sigma_max {sigma_max}, rho {rho}, t_max {t_max}")
     top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)

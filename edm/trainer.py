@@ -235,7 +235,7 @@ class Distiller:
     condition  condition(random generator, n) -> dict of tensors (n, ...), the cond of n samples
     """
 
-    def __init__(self, cfg, accelerator, teacher, fake, generator, average, shape, condition, sigma_data=0.5):
+    def __init__(self, cfg, accelerator, teacher, fake, generator, average, shape, condition, sigma_data):
         self.cfg, self.accelerator, self.device = cfg, accelerator, accelerator.device
         self.teacher, self.shape, self.condition = shard(teacher.requires_grad_(False), cfg), shape, condition
         self.fake = Trainee(accelerator, fake, cfg, cfg.fake_lr)

@@ -224,7 +224,7 @@ IMAGES = {
     "--beta1 ignored": (TRAINER, "(cfg.beta1, cfg.beta2)", "(0.0, cfg.beta2)"),
     "--beta2 ignored": (TRAINER, "(cfg.beta1, cfg.beta2)", "(cfg.beta1, 0.99)"),
     "both weights at sigma_data 0.5": (TRAINER, "self.cfg.space, self.sigma_data)", "self.cfg.space, 0.5)"),
-    "the teacher's sigma_data forgotten": (DISTILL, "condition, teacher.sigma_data)", "condition)"),
+    "the teacher's sigma_data forgotten": (DISTILL, "condition, teacher.sigma_data)", "condition, 0.5)"),
     "--weighting: another space's": (TRAINER, "self.cfg.space, self.sigma_data)", '"score", self.sigma_data)'),
     "--weighting ignored": (TRAINER, "self.weight(self.cfg.weighting, sigma", 'self.weight("one", sigma'),
     "--fake-weighting ignored": (TRAINER, "self.weight(self.cfg.fake_weighting, sigma", 'self.weight("edm", sigma'),
