@@ -32,10 +32,6 @@ def section(page, title):
     return page.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
-# ----------------------------------------------------------------------------------------------
-# Form and links.
-
-
 def test_the_door_is_short_and_prose_has_short_lines():
     assert len(README.splitlines()) <= 250 and len(README.encode()) <= 20_000
     for page, text in PAGES.items():
@@ -104,10 +100,6 @@ def test_the_lines_are_all_of_the_appendix():
     assert all(other in named for other in ("Algorithm 2", "Listing 1", "Table 5", "Figure 2", *tables))
 
 
-# ----------------------------------------------------------------------------------------------
-# Commands.
-
-
 def commands():
     """(script, words) of every command, in fences and in the text."""
     found = set()
@@ -166,10 +158,6 @@ def test_ci_runs_the_pages_own_commands(name):
     )
     block = re.search(rf"<!-- ci: {name} -->\n```bash\n(.+?)```", README + EDM, re.S)[1]
     assert run.stdout == block and f"follow {name}\n" in ci
-
-
-# ----------------------------------------------------------------------------------------------
-# Numbers.
 
 
 def test_the_ladders_numbers_are_those_of_its_rooms():
