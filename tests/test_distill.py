@@ -752,8 +752,9 @@ SCRIPTS = {  # script -> its settings and presets
 }
 
 
-def test_the_commands_of_readme_and_docstrings_are_valid():
-    text = (ROOT / "README.md").read_text() + distill.__doc__ + train_teacher.__doc__
+def test_the_commands_of_the_pages_and_docstrings_are_valid():
+    pages = (ROOT / "README.md").read_text() + (ROOT / "edm/README.md").read_text()
+    text = pages + distill.__doc__ + train_teacher.__doc__
     text = text.replace("\\\n", " ").replace("--seed S", "--seed 0")
     found = re.findall(r"edm/(\w+)\.py((?: +(?:--[\w-]+|[\w./-]+))+)", text)
     commands = [(name, shlex.split(words)) for name, words in found if name in SCRIPTS]

@@ -7,8 +7,6 @@ import json
 import math
 import os
 import random
-import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -25,16 +23,8 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import distribute_tensor
 
 import sim_core as sim
-from edm import distill_pixart, pixart_digits, pixart_files, prompts, sample_pixart
-from edm.config import (
-    TEXT_PRESETS,
-    TEXT_TEACHERS,
-    TextDistillation,
-    TextTeacherTraining,
-    UserError,
-    command_line,
-    parse,
-)
+from edm import distill_pixart, pixart_digits, pixart_files, prompts
+from edm.config import TEXT_PRESETS, TextDistillation, UserError, command_line
 from edm.networks import Generator
 from edm.pixart import PixArtDenoiser
 from edm.runs import Run
@@ -589,20 +579,3 @@ def test_the_command_itself(pipeline, tmp_path):
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert 0 <= metrics["student_follows"] <= 1 and metrics["samples"] == 40
     assert metrics["student_fd"] > metrics["floor_fd"] > 0 and sum(metrics["teacher_class_histogram"]) == 40
-
-
-SCRIPTS = {  # script -> its settings and presets
-    "distill_pixart": (TextDistillation, distill_pixart.DISTILLATIONS),
-    "pixart_digits": (TextTeacherTraining, TEXT_TEACHERS),
-    "sample_pixart": (sample_pixart.Settings, None),
-}
-
-
-def test_the_readmes_commands_are_valid():
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ").replace("--seed S", "--seed 0")
-    found = re.findall(r"edm/(\w+)\.py((?: +(?:--[\w-]+|[\w./-]+|\"[^\"]*\"))+)", text)
-    commands = [(name, shlex.split(words)) for name, words in found if name in SCRIPTS]
-    assert {name for name, _ in commands} == set(SCRIPTS)
-    for name, words in commands:
-        cls, presets = SCRIPTS[name]
-        parse(cls, "", words, presets)
