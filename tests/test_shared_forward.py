@@ -18,7 +18,7 @@ from tests.by_hand import Learner, flat
 from toy.mixtures import ring
 from toy.networks import Denoiser, Generator
 
-TOTAL, ROUNDS, SCOUTS = 4096, 12, 8  # samples a round; rounds; rounds beforehand, for Adam's moments
+TOTAL, ROUNDS, SCOUTS = 8192, 12, 8  # samples a round; rounds; rounds beforehand, for Adam's moments
 RATES = {"sgd": 1e-3, "adam": 4e-3}
 
 
