@@ -710,6 +710,7 @@ WRONG = {  # words on the command line -> in the message
     "--distance l2 --c 1": "distance 'l2' does not take c",
     "--c=-1": "c must be positive",
     "--method diff_instruct --alpha 1": "--method diff_instruct does not take alpha",
+    "--method diff_instruct --space noise": "--method diff_instruct needs --space denoised",
     "--out teacher.safetensors": "cannot use teacher.safetensors as a run's folder",
 }
 

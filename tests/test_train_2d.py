@@ -169,6 +169,7 @@ BAD = [
     (["--device", "mps"], "--device mps: torch cannot use it here"),
     (["--nonsense"], "nonsense"),
     (["--method", "density", "--weighting", "sid"], "density"),
+    (["--method", "diff_instruct", "--space", "score"], "--space denoised"),
     (["--resume"], "resume"),
 ]
 
