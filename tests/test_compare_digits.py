@@ -52,7 +52,7 @@ def rows():
 
 def test_the_arms_are_figure_2_and_differ_in_what_they_name():
     students, teachers = compare_digits.plan(compare_digits.parse_args([]))
-    assert len(students) == 33 and [teachers[seed].seed for seed in range(3)] == [0, 1, 2]
+    assert len(students) == 39 and [teachers[seed].seed for seed in range(3)] == [0, 1, 2]
     usual = settings(students["default", 0])
     for (arm, seed), cfg in students.items():
         assert cfg.teacher == f"{teachers[seed].out}/teacher.safetensors" and cfg.seed == seed

@@ -198,14 +198,13 @@ def test_compile_compiles_every_network(monkeypatch):
     assert done == [0, 1, 2]
 
 
-def test_log_has_the_distance_by_sigma():
-    task = task_of(micro_batch=4)
-    sigma = torch.tensor([0.05, 0.3, 0.4, 5.0])
-    fake, teacher = (
-        torch.zeros(4, 1, 8, 8),
-        torch.ones(4, 1, 8, 8) * torch.tensor([1, 2, 4, 8]).view(4, 1, 1, 1),
-    )
-    task._count({"fake": fake, "teacher": teacher}, sigma)
+@pytest.mark.parametrize("space", sim.SPACES)
+def test_log_has_the_distance_by_sigma(space):
+    """Of denoised images, whatever the loss looks at."""
+    task = task_of(micro_batch=4, space=space)
+    sigma, zero = torch.tensor([0.05, 0.3, 0.4, 5.0]), torch.zeros(4, 1, 8, 8)
+    teacher = torch.ones(4, 1, 8, 8) * torch.tensor([1, 2, 4, 8]).view(4, 1, 1, 1)
+    task._count([sim.to_space(denoised, zero, sigma, space) for denoised in (zero, teacher, zero)], sigma)
     gaps = task.gap_by_sigma()
     assert list(gaps) == ["gap_0_0.1", "gap_0.1_0.5", "gap_0.5_2", "gap_2_inf"]
     assert list(gaps.values()) == pytest.approx([8, 24, math.nan, 64], nan_ok=True)
