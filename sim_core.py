@@ -60,9 +60,9 @@ def _check(name, value):
         raise ValueError(f"{name} must be a floating-point tensor, got {getattr(value, 'dtype', value)}")
     hidden = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(value)
     if name in ("sigma", "weight") and value.device.type == "cpu" and not hidden:
-        fits = (value < math.inf) & ((value >= 0) if name == "weight" else (value > 0))
-        if not fits.all():
-            raise ValueError(f"{name} must be positive and finite, got {value[~fits][0].item()}")
+        rule, fits = ("not negative", value >= 0) if name == "weight" else ("positive", value > 0)
+        if not (fits := fits & (value < math.inf)).all():
+            raise ValueError(f"{name} must be finite and {rule}, got {value[~fits][0].item()}")
 
 
 def _formula(function, back=True):
@@ -260,10 +260,10 @@ def sid_loss(fake: Tensor, teacher: Tensor, target: Tensor, alpha=1.2) -> Tensor
 
 @_formula
 def diff_instruct_loss(fake: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    """For comparison, Diff-Instruct (and DMD without its regression): sg(y)^T x0, of denoisers.
+    """For comparison, Diff-Instruct (and DMD without its regression): sg(y)^T x0, y = fake - teacher.
 
-    Gradient flows through target alone: x0, as other spaces' targets stand still.  Its mean is sigma**2
-    times the gradient of KL(p_theta || p_q) at level sigma."""
+    Gradient flows through target alone: x0, as other spaces' targets stand still.  With y of scores its mean
+    is the gradient of KL(p_theta || p_q) at level sigma; of denoisers, sigma**2 times that."""
     return _dot((fake - teacher).detach(), target)  # sg: the KL moves samples, not scores
 
 

@@ -358,7 +358,8 @@ def print_report(rows, checks, extra, monte_carlo):
     print(f"  Per sample, the density form is noisier by a factor {noise}.")
 
 
-def main(argv=None):
+def parse_args(argv=None):
+    """Command line -> Namespace; what cannot be written is refused before the work."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -379,15 +380,19 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.threads < 1:
         parser.error(f"--threads must be at least 1, got {args.threads}")
-    torch.set_num_threads(args.threads)
-    try:  # refuse what cannot be written before, not after, the work
+    try:
         for folder in filter(None, (args.out, args.json and args.json.parent)):
             folder.mkdir(parents=True, exist_ok=True)
         if args.json:
             args.json.touch()
     except OSError as error:
         parser.error(f"cannot write: {error}")
+    return args
 
+
+def main(argv=None):
+    args = parse_args(argv)
+    torch.set_num_threads(args.threads)
     start, bed = time.perf_counter(), TestBed(args.seed)
     grids = [25, 50, 100] if args.quick else [25, 50, 100, 160]
     with tqdm(total=5 * len(ROWS) + 4, desc="verify", unit="check") as progress:

@@ -1,6 +1,6 @@
 """Figure 2's comparison on real images, small enough for a CPU: SIM and SiD, two noise levels, w_SiD or not.
 
-    python edm/compare_digits.py                                   # 13 arms, 3 seeds: 47 minutes on two cores
+    python edm/compare_digits.py                                   # 13 arms, 3 seeds; 11 take 40 minutes
     python edm/compare_digits.py --arms default bf16 --steps 760   # these arms, as long as the preset takes
     python edm/compare_digits.py --jobs 0                          # train nothing, report on what there is
 

@@ -218,7 +218,7 @@ def surrogate(cfg):
         if cfg.method == "diff_instruct" and cfg.space != "denoised":
             raise ValueError("--method diff_instruct needs --space denoised, where the target is x0")
         return partial(sim.sid_loss, **given) if cfg.method == "sid" else sim.diff_instruct_loss
-    loss = sim.full_loss if cfg.method == "full" else sim.sim_loss
+    loss = {"sim": sim.sim_loss, "full": sim.full_loss}[cfg.method]
     return partial(loss, distance=sim.make_distance(cfg.distance, **given))
 
 

@@ -44,7 +44,7 @@ def exact(tensor):
 
 
 class Single(TorchFunctionMode):
-    """Inside, networks of others, which name no type, are born in float32, whatever the default."""
+    """Inside, networks that name no type are born in float32, whatever the default."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})

@@ -32,7 +32,7 @@ from torchmetrics.image.inception import InceptionScore
 from edm.checkpoints import naming, replacing
 from edm.config import LEAST_IMAGES, UserError
 from edm.data import to_network
-from edm.device import exact
+from edm.device import Single, exact
 from edm.runs import check_writable
 
 # ----------------------------------------------------------------------------------------------
@@ -84,15 +84,13 @@ class SmallClassifier(nn.Module):
             raise UserError(f"{images.name}: has no labels, which a classifier needs")
         _, channels, resolution, _ = images.images.shape
         width = 32 if resolution <= 16 else 16  # larger images: half the width, for speed
-        f32 = dict(dtype=torch.float32)
-        layers = [nn.Conv2d(channels, width, 3, padding=1, **f32), nn.BatchNorm2d(width, **f32), nn.SiLU()]
+        layers = [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.SiLU()]
         while resolution > 4:
             now, width, resolution = width, min(2 * width, 64), (resolution + 1) // 2
-            layers += [nn.Conv2d(now, width, 3, stride=2, padding=1, **f32)]
-            layers += [nn.BatchNorm2d(width, **f32), nn.SiLU()]
-        layers += [nn.Flatten(), nn.Linear(width * resolution**2, self.num_features, **f32), nn.SiLU()]
+            layers += [nn.Conv2d(now, width, 3, stride=2, padding=1), nn.BatchNorm2d(width), nn.SiLU()]
+        layers += [nn.Flatten(), nn.Linear(width * resolution**2, self.num_features), nn.SiLU()]
         self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(self.num_features, images.num_classes, **f32)
+        self.head = nn.Linear(self.num_features, images.num_classes)
 
     def forward(self, images):
         return self.body(to_network(images))
@@ -122,7 +120,8 @@ def train_classifier(images, seed=0, batch_size=64, lr=4e-3):
     rng = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = SmallClassifier(images)
+        with Single():
+            net = SmallClassifier(images)
     held_out, kept = torch.randperm(len(images), generator=rng).tensor_split([max(1, len(images) // 10)])
     epochs = max(3, 30_000 // len(kept))
     orders = torch.cat([kept[torch.randperm(len(kept), generator=rng)] for _ in range(epochs)])
@@ -168,7 +167,8 @@ def classifier_features(images, cache):
     The file knows the data and the code that it came from and its own digest: if anything differs
     or is damaged, a line on stderr says so and training is done again.
     """
-    net, cache = SmallClassifier(images), Path(cache)
+    with Single():
+        net, cache = SmallClassifier(images), Path(cache)
     code = [inspect.getsource(part) for part in (SmallClassifier, shifted, train_classifier)]
     origin = digest(images.images, images.labels, *code)
     if cache.is_file():

@@ -9,7 +9,6 @@ Prompt i is drawn once, from seed i, by the student in one step and by its teach
 import math
 import sys
 from collections import defaultdict
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from edm import pixart_files, sample_pixart
 from edm.checkpoints import naming
 from edm.config import UserError
+from edm.device import Single
 from edm.pixart import PixArtDenoiser
 from edm.prompts import DTYPES, TextEncoder, exists_here, quiet
 from edm.pth import read_pth
@@ -95,7 +95,8 @@ def load_aesthetic(path, width):
         outs = [len(weights[f"layers.{i}.weight"]) for i in LAYERS]
         if outs[-1] != 1 or not all(tensor.isfinite().all() for tensor in weights.values()):
             raise UserError("not an aesthetic head: not one number comes out, or a weight is not finite")
-        network = nn.Sequential(*map(partial(nn.Linear, dtype=torch.float32), [width, *outs], outs))
+        with Single():
+            network = nn.Sequential(*map(nn.Linear, [width, *outs], outs))
         network.load_state_dict(dict(zip(network.state_dict(), map(weights.get, names))))
     return network.eval().requires_grad_(False)
 

@@ -247,6 +247,7 @@ class Distiller:
         self.gaps = self.edges.new_zeros(2, len(self.bins) + 1)  # sums and counts by sigma
 
     def weight(self, weighting, sigma, triple=None):
+        """Of either loss, by name; w_SiD, theta's, needs what the networks say."""
         return sim.WEIGHTINGS[weighting](triple, sigma, self.cfg.space, self.sigma_data)
 
     # What text-to-image does otherwise.

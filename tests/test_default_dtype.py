@@ -83,7 +83,8 @@ def words(x):
 
 def untrained(images):
     torch.manual_seed(0)
-    return metrics.SmallClassifier(images).eval().requires_grad_(False), 0.1
+    with metrics.Single():
+        return metrics.SmallClassifier(images).eval().requires_grad_(False), 0.1
 
 
 @pytest.mark.parametrize(

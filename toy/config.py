@@ -174,7 +174,7 @@ def check(cfg):
 
 
 def surrogate(cfg):
-    """--method and its parameters: a loss of sim_core on (fake, teacher, target)."""
+    """--method and its parameters: a loss of (fake, teacher, target), for density of networks."""
     given = {k: getattr(cfg, k) for k in ("c", "delta", "alpha", "beta") if getattr(cfg, k) is not None}
     if cfg.method in ("sid", "diff_instruct"):
         if unfit := set(given) - ({"alpha"} if cfg.method == "sid" else set()):
@@ -182,5 +182,6 @@ def surrogate(cfg):
         if cfg.method == "diff_instruct" and cfg.space != "denoised":
             raise ValueError("--method diff_instruct needs --space denoised, where the target is x0")
         return partial(sim.sid_loss, **given) if cfg.method == "sid" else sim.diff_instruct_loss
-    loss = sim.full_loss if cfg.method == "full" else sim.sim_loss
+    density = partial(sim.density_loss, space=cfg.space)
+    loss = {"sim": sim.sim_loss, "full": sim.full_loss, "density": density}[cfg.method]
     return partial(loss, distance=sim.make_distance(cfg.distance, **given))

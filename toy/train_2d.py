@@ -153,7 +153,7 @@ def distill(cfg, run, target, teacher, log, stop):
         x0, sigma = run.generator(z), draw_sigma(batch)
         given = teacher, fake, x0, sigma, normal()
         if cfg.method == "density":
-            losses = sim.density_loss(*given, loss_of.keywords["distance"], cfg.space)
+            losses = loss_of(*given)
         else:
             triple = sim.predictions(*given, cfg.space)
             losses = sim.weigh(loss_of(*triple), weight(triple, sigma, cfg.space, sigma_data))
