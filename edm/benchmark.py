@@ -30,11 +30,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import sim_core as sim
-from edm.config import DEVICE, PRESETS, Distillation, UserError, command_line, option
+from edm.config import DEVICE, DISTILLATIONS, PRESETS, Distillation, UserError, command_line, option
 from edm.device import peak_memory, synchronise
-from edm.distill import DISTILLATIONS, build
-from edm.networks import EDMPrecond, Generator
-from edm.trainer import make_accelerator
+from edm.distill import build
+from edm.images.networks import EDMPrecond, Generator
+from edm.training.trainee import make_accelerator
 
 
 @dataclass(frozen=True)

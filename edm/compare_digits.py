@@ -26,13 +26,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 from accelerate import PartialState
 from tqdm import tqdm
 
-from edm import checkpoints, distill, evaluate, plots, train_teacher
-from edm.config import Distillation, Parser, TeacherTraining, UserError, check, fitting, settings
-from edm.data import load_images
-from edm.runs import Run, versions, write_json
-from edm.sampler import fixed_latents, heun
-from edm.study_report import SCORES, figure_of, final, table
-from edm.trainer import Diverged, make_accelerator, train
+from edm import distill, evaluate, train_teacher
+from edm.config import (
+    DISTILLATIONS,
+    TEACHERS,
+    Distillation,
+    Parser,
+    TeacherTraining,
+    UserError,
+    check,
+    fitting,
+    settings,
+)
+from edm.files import write_json
+from edm.images import checkpoints
+from edm.images.data import load_images
+from edm.images.sampler import fixed_latents, heun
+from edm.quality.judge import Judge
+from edm.quality.study_report import SCORES, figure_of, final, table
+from edm.training import plots
+from edm.training.loop import Diverged, train
+from edm.training.run import Run, versions
+from edm.training.trainee import make_accelerator
 
 METHODS = {"sim": {}, "sid": dict(method="sid")}  # SiD with its alpha of 1.2
 FIGURE2 = {  # title of the panel -> its arms
@@ -74,7 +89,7 @@ def plan(args):
     if args.seeds < 1 or args.jobs < 0 or args.samples < 5:
         raise UserError("need --seeds at least 1, --jobs at least 0 and --samples at least 5")
     out, common = Path(args.out), dict(threads=1, resume=True, keep=1)
-    teacher, student = train_teacher.TEACHERS["digits"], distill.DISTILLATIONS["digits"]
+    teacher, student = TEACHERS["digits"], DISTILLATIONS["digits"]
     teachers, students = {}, {}
     for seed in range(args.seeds):
         given = teacher | common | dict(seed=seed, steps=args.teacher_steps)
@@ -110,7 +125,7 @@ def make_judge(study, samples):
     """Scores of a network's samples against the digits."""
     kept = dict(classifier=str(study / "classifier.safetensors"), samples=samples)
     cfg = evaluate.filled(evaluate.Settings(data="digits", **kept))
-    return evaluate.Judge(cfg, load_images("digits"), PartialState())
+    return Judge(cfg, load_images("digits"), PartialState())
 
 
 def recorded(cfg):
@@ -137,7 +152,7 @@ def judged_student(cfg):
     """Distil as distill.py does, and score the moving average wherever that would draw pictures."""
     accelerator = make_accelerator(cfg)
     run = Run(cfg)
-    task = distill.build(cfg, accelerator, distill.load_teacher(cfg.teacher))
+    task = distill.build(cfg, accelerator, checkpoints.load(cfg.teacher)[0].without_augmentation())
     pictures = plots.Pictures(run, task, *fixed_latents(task.teacher, task.device, rows=1))
     judge = make_judge(Path(cfg.out).parents[1], cfg.samples)
     path, record = scores_path(cfg), {"settings": recorded(cfg), "status": "training", "scores": {}}

@@ -66,7 +66,7 @@ PRESETS = {  # name -> the data, the network of the teacher, its training, the d
 TEXT_PRESETS = {  # name -> the training of its teacher, the distillation
     # B.3's noise levels and weight 1 lose all variety on so small a network, guidance some of it.
     "pixart-digits": dict(
-        teacher=dict(steps=7000, batch=32, lr=4e-3, lr_rampup=10_000, lr_end=0.0, beta1=0.9,
+        teacher=dict(vae_steps=300, steps=7000, batch=32, lr=4e-3, lr_rampup=10_000, lr_end=0.0, beta1=0.9,
                      ema_halflife=5000, every=40_000),
         distill=dict(steps=900, batch=64, lr=1e-3, fake_lr=2e-3, lr_end=0.1, warmup=100, c=0.3,
                      ema_halflife=10_000, ema_rampup=0.2),
@@ -84,7 +84,11 @@ TEXT_PRESETS = {  # name -> the training of its teacher, the distillation
 }  # fmt: skip
 
 
-TEXT_TEACHERS = {"pixart-digits": TEXT_PRESETS["pixart-digits"]["teacher"]}
+# What the commands that train take for a preset.
+TEACHERS = {name: {"data": p["data"]} | p["teacher"] for name, p in PRESETS.items()}
+TEACHERS |= {"pixart-digits": TEXT_PRESETS["pixart-digits"]["teacher"]}
+DISTILLATIONS = {name: {"data": p["data"]} | p["distill"] for name, p in PRESETS.items()}
+TEXT_DISTILLATIONS = {name: preset["distill"] for name, preset in TEXT_PRESETS.items()}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -130,17 +134,11 @@ class Training:
 class TeacherTraining(Training):
     """Training of a teacher, (B.2) with (B.5) to (B.7)."""
 
+    preset: str = option("digits", "defaults for all that follows, and the network", TEACHERS)
     data: str = option(None, DATA)
     beta1: float = option(0.9, "Adam's first beta")
     flip: bool = option(False, "mirror images at random")
-
-
-@dataclass(frozen=True)
-class TextTeacherTraining(Training):
-    """Training of the small text-to-image teacher."""
-
-    preset: str = option("pixart-digits", "defaults for all that follows", ("pixart-digits",))
-    vae_steps: int = option(300, "updates of the VAE, which comes first")
+    vae_steps: int = option(None, "of pixart-digits: updates of the VAE, which comes first")
 
 
 @dataclass(frozen=True)
@@ -237,8 +235,9 @@ def check(cfg):
     """Refuse impossible settings, each by its name.  Raises UserError."""
     for names, fits, rule in RULES:
         for name in names.split():
-            if hasattr(cfg, name) and not fits(getattr(cfg, name)):
-                raise UserError(f"--{name.replace('_', '-')} must be {rule}, got {getattr(cfg, name)}")
+            value = getattr(cfg, name, None)
+            if value is not None and not fits(value):
+                raise UserError(f"--{name.replace('_', '-')} must be {rule}, got {value}")
     if isinstance(cfg, Algorithm2):
         try:
             surrogate(cfg)

@@ -28,67 +28,181 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 import torch
 from accelerate import PartialState
 
-from edm import checkpoints, evaluate, plots, train_teacher
-from edm.config import PRESETS, Distillation, TeacherTraining, UserError, check, command_line
-from edm.data import load_fitting
-from edm.networks import Generator
-from edm.runs import Run, check_settings, versions, write_json
-from edm.sampler import fixed_latents
-from edm.trainer import Distiller, compiled, complete, make_accelerator
+from edm import evaluate, train_teacher
+from edm.algorithm2 import Distiller
+from edm.config import (
+    DISTILLATIONS,
+    PRESETS,
+    TEACHERS,
+    Distillation,
+    TeacherTraining,
+    UserError,
+    check,
+    command_line,
+)
+from edm.files import write_json
+from edm.images import checkpoints
+from edm.images.data import load_fitting
+from edm.images.networks import Generator
+from edm.images.sampler import fixed_latents
+from edm.quality.judge import Judge
+from edm.training.loop import complete
+from edm.training.plots import Pictures
+from edm.training.run import Run, check_settings, versions
+from edm.training.trainee import compiled, make_accelerator
 
-DISTILLATIONS = {name: {"data": p["data"]} | p["distill"] for name, p in PRESETS.items()}
+# ----------------------------------------------------------------------------------------------
+# What every distillation does, of images and of text-to-image (distill_pixart.py) alike.
 
 
-def own_teacher(cfg):
+def distil(cfg, kind):
+    """Load or train a teacher, build, train, finish; all is in cfg.out at the end.  Returns the exit code.
+
+    kind: `Images`, or what distill_pixart.py has in its place.
+    """
+    check(cfg)
+    cfg = dataclasses.replace(cfg, out=cfg.out or f"out/edm/{cfg.preset}-{cfg.seed}")
+    accelerator = make_accelerator(cfg)
+    parts = kind(cfg, accelerator)  # refuses what the run or its end could not use, before a folder is made
+    run = Run(cfg, accelerator.is_main_process)
+    if not cfg.teacher:
+        parts.load(find_teacher(cfg, accelerator, parts))
+    task = parts.build()
+    pictures, score = parts.pictures(run, task), parts.score(run, task)
+    try:
+        code = complete(cfg, accelerator, task, run, pictures.look, pictures, "distil", score)
+    except torch.OutOfMemoryError:
+        raise UserError("out of memory: lower --micro-batch; the last checkpoint is kept") from None
+    if code is None:
+        finish(cfg, accelerator, run, task, parts)
+    return code or 0
+
+
+def own_teacher(cfg, shared):
     """Settings of the teacher that a run without --teacher trains, in its own folder in cfg.out."""
-    shared = {k: getattr(cfg, k) for k in "preset data seed device precision compile threads".split()}
-    given = PRESETS[cfg.preset]["teacher"] | shared
+    given = TEACHERS[cfg.preset] | {name: getattr(cfg, name) for name in shared.split()}
     return TeacherTraining(**given, out=str(Path(cfg.out) / "teacher"), resume=True)
 
 
-def check_files(cfg):
-    """Refuse a teacher or data that the run or its end could not use, before anything is written."""
-    network = PRESETS[cfg.preset]["network"]
-    if cfg.teacher:
-        network = load_teacher(cfg.teacher).config
-    elif not cfg.data:
-        raise UserError(f"preset {cfg.preset} needs --teacher: one of NVlabs' edm-cifar10-32x32-*.pkl")
-    else:  # whose data are the teacher's: these do decide what it learned
-        check_settings(own_teacher(cfg))
-    if cfg.data:
-        size, classes = network["img_resolution"], 0 if cfg.teacher else network["label_dim"]
-        load_fitting(cfg.data, (network["img_channels"], size, size), classes, judge=True)
-    elif cfg.evaluate_every:
-        raise UserError("--evaluate-every needs --data")
-
-
-def find_teacher(cfg, accelerator):
-    """The path of --teacher; without one, it is trained (or found trained) in cfg.out/teacher."""
-    if cfg.teacher:
-        return cfg.teacher
-    teacher = own_teacher(cfg)
-    path = Path(teacher.out) / "teacher.safetensors"
+def find_teacher(cfg, accelerator, parts):
+    """The path of a teacher that is trained, or found trained, in cfg.out/teacher."""
+    teacher = own_teacher(cfg, parts.shared)
+    path = Path(teacher.out) / parts.teacher_file
     if not path.exists():
-        accelerator.print(f"no --teacher: training one on {cfg.data} first, in {teacher.out}")
+        accelerator.print(f"no --teacher: training one on {parts.data} first, in {teacher.out}")
         if code := train_teacher.main(teacher):
             sys.exit(code)
         accelerator.wait_for_everyone()
     return path if path.exists() else sys.exit(0)  # stopped by a signal
 
 
-def load_teacher(path):
-    """The teacher, of any size, without the layer for augmentations: nothing here has any."""
-    teacher, about = checkpoints.load(path)
-    if "sigma_init" in about:
-        raise UserError(f"{path} is a one-step generator, not a teacher")
-    return teacher.without_augmentation()
+def notes(cfg, teacher_path, steps, **more):
+    """What is written beside a generator's weights."""
+    here = Path(teacher_path)
+    return dict(kind="generator", sigma_init=cfg.sigma_init, preset=cfg.preset, steps=steps,
+                teacher=str(here.resolve() if here.exists() else here)) | more  # fmt: skip
 
 
-def differences(teacher, preset):
-    """Where a teacher is not what the preset, to train one, would have made: words, or an empty text."""
-    made = PRESETS[preset]["network"]
-    found = {k: getattr(teacher, k) for k in ("img_resolution", "img_channels", "label_dim")}
-    return ", ".join(f"{k} {found[k]}, not {made[k]}" for k in found if found[k] != made[k])
+def finish(cfg, accelerator, run, task, parts):
+    """Write generator.safetensors, and metrics.json with what can be said of it."""
+    log = Path(parts.path).with_name("metrics.json")
+    trained = not cfg.teacher and log.exists()
+    metrics = {"preset": cfg.preset, "seed": cfg.seed, "steps": cfg.steps, "status": "finished",
+               "teacher_seconds": json.loads(log.read_text())["seconds"] if trained else 0.0,
+               "distill_seconds": run.history[-1]["seconds"]}  # fmt: skip
+    metrics |= parts.finish(run, task, run.path / "generator.safetensors")
+    if run.first:
+        write_json(run.path / "metrics.json", metrics | {"versions": versions()})
+        print(summary(metrics, parts.words(metrics), cfg.out))
+    accelerator.wait_for_everyone()
+
+
+def summary(m, words, out):
+    """What the command prints at the end."""
+    teacher = f"{m['teacher_seconds']:.0f} s of training for the teacher, " if m["teacher_seconds"] else ""
+    lines = [
+        f"finished after {m['steps']} steps; {teacher}{m['distill_seconds']:.0f} s for the student",
+        *words,
+    ]
+    if "student_fd" in m:
+        lines.append(
+            f"images per second: student {m['student_images_per_second']:.0f}, "
+            f"teacher {m['teacher_images_per_second']:.0f}"
+        )
+    return "\n  ".join([*lines, f"everything is in {out}; look at samples-*.png, panel-*.png and curves.png"])
+
+
+# ----------------------------------------------------------------------------------------------
+# Images.
+
+
+class Images:
+    """EDM's U-Nets, and the Fréchet distance to data.  path, teacher: as soon as they are known."""
+
+    shared, teacher_file = "preset data seed device precision compile threads", "teacher.safetensors"
+
+    def __init__(self, cfg, accelerator):
+        self.cfg, self.accelerator, self.data, self.best = cfg, accelerator, cfg.data, None
+        made = PRESETS[cfg.preset]["network"]
+        if cfg.teacher:
+            self.load(cfg.teacher)
+            made = self.teacher.config
+        elif not cfg.data:
+            raise UserError(f"preset {cfg.preset} needs --teacher: one of NVlabs' edm-cifar10-32x32-*.pkl")
+        else:  # whose data are the teacher's: these do decide what it learned
+            check_settings(own_teacher(cfg, self.shared))
+        if cfg.data:
+            size, classes = made["img_resolution"], 0 if cfg.teacher else made["label_dim"]
+            load_fitting(cfg.data, (made["img_channels"], size, size), classes, judge=True)
+        elif cfg.evaluate_every:
+            raise UserError("--evaluate-every needs --data")
+
+    def load(self, path):
+        """The teacher, of any size, without the layer for augmentations: nothing here has any."""
+        teacher, about = checkpoints.load(path)
+        if "sigma_init" in about:
+            raise UserError(f"{path} is a one-step generator, not a teacher")
+        self.path, self.teacher = path, teacher.without_augmentation()
+        made = PRESETS[self.cfg.preset]["network"]
+        if other := [
+            k for k in ("img_resolution", "img_channels", "label_dim") if getattr(teacher, k) != made[k]
+        ]:
+            words = ", ".join(f"{k} {getattr(teacher, k)}, not {made[k]}" for k in other)
+            own = f"the teacher's own network counts, not that of preset {self.cfg.preset}"
+            self.accelerator.print(f"{own}: it has {words}")
+
+    def build(self):
+        return build(self.cfg, self.accelerator, self.teacher)
+
+    def pictures(self, run, task):
+        return Pictures(run, task, *fixed_latents(task.teacher, task.device))
+
+    def score(self, run, task):
+        if self.cfg.evaluate_every:
+            self.best = Best(self.cfg, run, task, self.path)
+        return self.best
+
+    def finish(self, run, task, path):
+        """Write the moving average; with data at hand, compare it with them -> numbers."""
+        if run.first:
+            checkpoints.save(path, task.ema.network.denoiser, **notes(self.cfg, self.path, self.cfg.steps))
+        self.accelerator.wait_for_everyone()
+        numbers = compare(self.cfg, path, self.path) if self.cfg.data else {}
+        if (
+            self.best and "steps" in self.best.found
+        ):  # else, after a finished run, there was nothing to choose
+            numbers |= {"best_fd": self.best.found["fd"], "best_step": self.best.found["steps"]}
+        return numbers
+
+    def words(self, m):
+        if "student_fd" in m:
+            yield (
+                f"Frechet distance of {m['samples']} samples: student {m['student_fd']:.3f} (1 evaluation), "
+                f"teacher {m['teacher_fd']:.3f} ({m['teacher_evaluations']})"
+            )
+            yield f"halves of the data against each other: {m['floor_fd']:.3f}"
+        if "best_fd" in m:
+            yield f"best on the way, chosen on these data: {m['best_fd']:.3f} at step {m['best_step']}"
 
 
 def build(cfg, accelerator, teacher):
@@ -96,7 +210,6 @@ def build(cfg, accelerator, teacher):
     teacher = teacher.to(accelerator.device, memory_format=torch.channels_last)
     fake = copy.deepcopy(teacher).requires_grad_(True)
     generator = Generator(copy.deepcopy(fake), cfg.sigma_init)
-
     one_hot_rows = torch.eye(teacher.label_dim, device=accelerator.device, dtype=torch.float32)
 
     def condition(rng, n):
@@ -105,8 +218,7 @@ def build(cfg, accelerator, teacher):
         labels = torch.randint(teacher.label_dim, (n,), generator=rng, device=rng.device)
         return {"class_labels": one_hot_rows[labels]}
 
-    task = Distiller(cfg, accelerator, teacher, fake, generator, copy.deepcopy(generator), teacher.shape,
-                     condition, teacher.sigma_data)  # fmt: skip
+    task = Distiller(cfg, accelerator, teacher, fake, generator, condition)
     if cfg.compile:
         compiled([teacher, fake, generator], accelerator.device, accelerator.print)
     return task
@@ -116,12 +228,6 @@ def evaluation(cfg, **files):
     """Of evaluate.py, in the features of a classifier of the data, kept in the run's folder."""
     same = {name: getattr(cfg, name) for name in ("data", "samples", "device")}
     return evaluate.Settings(**files, **same, out=str(Path(cfg.out) / "metrics.json"))
-
-
-def notes(cfg, teacher_path, steps, **more):
-    """What is written beside a generator's weights."""
-    return dict(kind="generator", sigma_init=cfg.sigma_init, preset=cfg.preset, steps=steps,
-                teacher=str(Path(teacher_path).resolve())) | more  # fmt: skip
 
 
 class Best:
@@ -134,7 +240,7 @@ class Best:
     def __init__(self, cfg, run, task, teacher_path):
         self.cfg, self.run, self.task, self.teacher_path = cfg, run, task, teacher_path
         data = load_fitting(cfg.data, task.teacher.shape, judge=True)
-        self.judge = evaluate.Judge(evaluate.filled(evaluation(cfg)), data, PartialState())
+        self.judge = Judge(evaluate.filled(evaluation(cfg)), data, PartialState())
         self.path, self.by = run.path / "generator-best.safetensors", [cfg.data, cfg.samples]
         self.found = {"fd": math.inf}
         if run.first and self.path.exists():
@@ -164,62 +270,8 @@ def compare(cfg, path, teacher_path):
     return numbers
 
 
-def summary(m, out):
-    """What main prints at the end."""
-    teacher = f"{m['teacher_seconds']:.0f} s of training for the teacher, " if m["teacher_seconds"] else ""
-    lines = [f"finished after {m['steps']} steps; {teacher}{m['distill_seconds']:.0f} s for the student"]
-    if "student_fd" in m:
-        lines += [
-            f"  Frechet distance of {m['samples']} samples: student {m['student_fd']:.3f} (1 evaluation), "
-            f"teacher {m['teacher_fd']:.3f} ({m['teacher_evaluations']})",
-            f"  halves of the data against each other: {m['floor_fd']:.3f}",
-            f"  images per second: student {m['student_images_per_second']:.0f}, "
-            f"teacher {m['teacher_images_per_second']:.0f}",
-        ]
-    if "best_fd" in m:
-        lines.append(f"  best on the way, chosen on these data: {m['best_fd']:.3f} at step {m['best_step']}")
-    return "\n".join([*lines, f"  everything is in {out}; look at samples-*.png, panel-*.png and curves.png"])
-
-
-def finish(cfg, accelerator, run, task, teacher_path, best):
-    """Write generator.safetensors, and metrics.json: with data at hand, compared with them."""
-    path = run.path / "generator.safetensors"
-    if accelerator.is_main_process:
-        checkpoints.save(path, task.ema.network.denoiser, **notes(cfg, teacher_path, cfg.steps))
-    accelerator.wait_for_everyone()
-    log = Path(teacher_path).with_name("metrics.json")
-    trained = not cfg.teacher and log.exists()
-    metrics = {"preset": cfg.preset, "seed": cfg.seed, "steps": cfg.steps, "status": "finished",
-               "teacher_seconds": json.loads(log.read_text())["seconds"] if trained else 0.0,
-               "distill_seconds": run.history[-1]["seconds"]}  # fmt: skip
-    metrics |= compare(cfg, path, teacher_path) if cfg.data else {}
-    if best and "steps" in best.found:  # else, after a finished run, there was nothing to choose from
-        metrics |= {"best_fd": best.found["fd"], "best_step": best.found["steps"]}
-    if accelerator.is_main_process:
-        write_json(run.path / "metrics.json", metrics | {"versions": versions()})
-        print(summary(metrics, cfg.out))
-
-
 def main(cfg):
-    """Distil; everything is in cfg.out at the end.  Returns the exit code."""
-    check(cfg)
-    cfg = dataclasses.replace(cfg, out=cfg.out or f"out/edm/{cfg.preset}-{cfg.seed}")
-    accelerator = make_accelerator(cfg)
-    check_files(cfg)
-    run = Run(cfg, accelerator.is_main_process)
-    teacher_path = find_teacher(cfg, accelerator)
-    teacher = load_teacher(teacher_path)
-    if words := differences(teacher, cfg.preset):
-        accelerator.print(
-            f"the teacher's own network counts, not that of preset {cfg.preset}: it has {words}"
-        )
-    task = build(cfg, accelerator, teacher)
-    pictures = plots.Pictures(run, task, *fixed_latents(task.teacher, task.device))
-    best = Best(cfg, run, task, teacher_path) if cfg.evaluate_every else None
-    code = complete(cfg, accelerator, task, run, pictures.look, pictures, "distil", best)
-    if code is None:
-        finish(cfg, accelerator, run, task, teacher_path, best)
-    return code or 0
+    return distil(cfg, Images)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ and prompts every time), panel-*.png (what both networks see), and checkpoints t
 """
 
 import copy
-import dataclasses
-import json
 import sys
 from pathlib import Path
 
@@ -21,17 +19,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 import torch
 
-from edm import pixart_digits, pixart_files, plots
-from edm.config import TEXT_PRESETS, TextDistillation, TextTeacherTraining, UserError, check, command_line
+from edm.algorithm2 import Distiller
+from edm.config import TEACHERS, TEXT_DISTILLATIONS, TextDistillation, UserError, command_line
 from edm.device import total_memory
-from edm.networks import Generator
-from edm.pixart import Guided, PixArtDenoiser, decode, without
-from edm.prompts import MAX_TOKENS, CaptionFile, TextEncoder, encode_by_index, quiet, read_prompts
-from edm.runs import Run, versions, write_json
-from edm.sampler import latents
-from edm.trainer import Distiller, compiled, complete, make_accelerator
+from edm.distill import distil, notes
+from edm.images.networks import Generator
+from edm.images.sampler import latents
+from edm.quality import captions
+from edm.text import pixart_files
+from edm.text.pixart import Guided, PixArtDenoiser, decode, without
+from edm.text.prompts import MAX_TOKENS, CaptionFile, TextEncoder, encode_by_index, quiet, read_prompts
+from edm.training.plots import Pictures
+from edm.training.trainee import compiled
 
-DISTILLATIONS = {name: preset["distill"] for name, preset in TEXT_PRESETS.items()}
 DROPOUT = 0.1  # share of captions that the online network does without, if it is to be guided
 
 
@@ -40,9 +40,7 @@ class TextDistiller(Distiller):
 
     def __init__(self, cfg, accelerator, teacher, fake, generator, parts):
         self.captions, self.count, self.null = parts.captions, parts.count, parts.null
-        average = copy.deepcopy(generator)
-        super().__init__(cfg, accelerator, teacher, fake, generator, average, fake.shape, self.pick,
-                         fake.sigma_data)  # fmt: skip
+        super().__init__(cfg, accelerator, teacher, fake, generator, self.pick)
 
     def pick(self, rng, n):
         """Which prompts, and which of them the online network is not shown."""
@@ -71,76 +69,117 @@ class TextDistiller(Distiller):
 # What goes into it.
 
 
-def train_teacher(cfg, accelerator):
-    """The pipeline of pixart-digits, trained, or found trained, in cfg.out/teacher -> its folder."""
-    out = Path(cfg.out) / "teacher"
-    if not (out / "pipeline").exists():
-        accelerator.print(f"no --teacher: training one on scikit-learn's digits first, in {out}")
-        shared = {k: getattr(cfg, k) for k in ("preset", "seed", "device", "threads")}
-        given = TEXT_PRESETS[cfg.preset]["teacher"] | shared
-        if code := pixart_digits.main(TextTeacherTraining(**given, out=str(out), resume=True)):
-            sys.exit(code)
-        accelerator.wait_for_everyone()
-    return str(out / "pipeline") if (out / "pipeline").exists() else sys.exit(0)  # stopped by a signal
-
-
-def check_files(cfg):
-    """Read what a run without --teacher would come to only after its training.  Raises UserError."""
-    if cfg.teacher:
-        return  # `Parts` does, at once
-    if cfg.prompts:
-        read_prompts(cfg.prompts)
-    if cfg.captions:
-        CaptionFile(cfg.captions, "cpu")
-    if cfg.transformer:
-        pixart_files.load_transformer(cfg.transformer)
-
-
-class Parts:
-    """What a run is made of: the teacher's pipeline and the prompts.  Raises UserError for a wrong file.
+class Prompts:
+    """PixArt and its prompts, in the place of distill.py's `Images`.
 
     captions   captions(indices) -> {"caption", "mask"}, for `count` prompts
     source     the TextEncoder or CaptionFile behind them
     """
 
-    def __init__(self, cfg, pipeline, device):
-        self.pipeline = pipeline
-        self.transformer, _ = pixart_files.load_transformer(cfg.transformer or pipeline, like=pipeline)
-        self.vae = pixart_files.load_vae(pipeline).to(device)
-        dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+    shared, teacher_file, data = "preset seed device threads", "pipeline", "scikit-learn's digits"
+
+    def __init__(self, cfg, accelerator):
+        quiet()
+        self.cfg, self.accelerator = cfg, accelerator
+        if cfg.fake_guidance != 1:
+            words = f"the online network learns {DROPOUT:.0%} of its samples without their caption"
+            words = f"warning: --fake-guidance {cfg.fake_guidance:g}: {words}; B.3 does not"
+            accelerator.print(words, file=sys.stderr)
+        if cfg.teacher:
+            return self.load(cfg.teacher)
+        if cfg.preset not in TEACHERS:
+            raise UserError(f"preset {cfg.preset} needs --teacher, such as PixArt-alpha/PixArt-XL-2-512x512")
+        # What a run without --teacher would read only after its training.
+        if cfg.prompts:
+            read_prompts(cfg.prompts)
+        if cfg.captions:
+            CaptionFile(cfg.captions, "cpu")
+        if cfg.transformer:
+            pixart_files.load_transformer(cfg.transformer)
+
+    def load(self, pipeline):
+        """The teacher's pipeline and the prompts, if there is the memory for all that they become."""
+        cfg, device = self.cfg, self.accelerator.device
+        self.path = str(pipeline)
+        self.transformer, _ = pixart_files.load_transformer(cfg.transformer or self.path, like=self.path)
+        self.vae = pixart_files.load_vae(self.path).to(device)
         if cfg.captions:
             self.source = CaptionFile(cfg.captions, device)
         else:
-            self.source = TextEncoder(pipeline, device, dtype)
-        path = cfg.prompts or Path(pipeline) / "prompts.txt"
+            dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+            self.source = TextEncoder(self.path, device, dtype)
+        path = cfg.prompts or Path(self.path) / "prompts.txt"
         if not cfg.prompts and not path.exists():
             raise UserError(f"preset {cfg.preset} needs --prompts: FILE.txt, .jsonl or .csv")
         prompts = read_prompts(path)
         width = self.transformer.config.caption_channels
         self.captions, self.null = encode_by_index(prompts, self.source, width), self.source.null
         self.count = len(prompts)
+        self.accelerator.print(f"{self.count:,} prompts; memory:")
+        plan = memory_plan(cfg, self.transformer, self.frozen_bytes(), self.accelerator.num_processes)
+        tell_memory(plan, device, self.accelerator.print)
 
     def frozen_bytes(self):
         """Of the text encoder and the VAE."""
         networks = [self.vae] + ([self.source.model] if isinstance(self.source, TextEncoder) else [])
         return sum(p.numel() * p.element_size() for network in networks for p in network.parameters())
 
+    def build(self):
+        """The three networks, all starting as the teacher, and the task that trains two of them."""
+        cfg, device = self.cfg, self.accelerator.device
+        if cfg.checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        fake = PixArtDenoiser(self.transformer).to(device).requires_grad_(True)
+        generator = Generator(copy.deepcopy(fake), cfg.sigma_init)
+        teacher = copy.deepcopy(fake)
+        if cfg.precision == "bf16":  # the frozen one alone: in bf16 a weight cannot take steps of 5e-6
+            teacher.to(torch.bfloat16)
+        task = TextDistiller(cfg, self.accelerator, self.guided(teacher), fake, generator, self)
+        if cfg.compile:
+            compiled([task.teacher, fake, generator], device, self.accelerator.print)
+        return task
 
-def build(cfg, accelerator, parts):
-    """The three networks, all starting as the teacher, and the task that trains two of them."""
-    if cfg.checkpointing:
-        parts.transformer.enable_gradient_checkpointing()
-    fake = PixArtDenoiser(parts.transformer).to(accelerator.device).requires_grad_(True)
-    generator = Generator(copy.deepcopy(fake), cfg.sigma_init)
-    teacher = copy.deepcopy(fake)
-    if cfg.precision == "bf16":  # the frozen one alone: in bf16 a weight cannot take steps of 5e-6
-        teacher.to(torch.bfloat16)
-    if cfg.guidance != 1:
-        teacher = Guided(teacher, parts.null, cfg.guidance)
-    task = TextDistiller(cfg, accelerator, teacher, fake, generator, parts)
-    if cfg.compile:
-        compiled([teacher, fake, generator], accelerator.device, accelerator.print)
-    return task
+    def guided(self, teacher):
+        return teacher if self.cfg.guidance == 1 else Guided(teacher, self.null, self.cfg.guidance)
+
+    def pictures(self, run, task):
+        """Some prompts spread over all of them, with the latents of the first seeds."""
+        n, columns = (40, 8) if task.shape[1] <= 16 else (8, 4)
+        z, _ = latents(range(n), task.shape)
+        cond = self.captions(torch.linspace(0, self.count - 1, n, dtype=torch.float32).long())
+        return Pictures(run, task, z.to(task.device), cond, lambda x: decode(self.vae, x), columns)
+
+    def score(self, run, task):
+        return None
+
+    def finish(self, run, task, path):
+        """Write the moving average; of digits, what a classifier reads from its samples -> numbers."""
+        cfg, weights = self.cfg, task.ema.state_dict()  # by every process, if sharded
+        if cut := getattr(self.source, "truncated", 0):
+            self.accelerator.print(f"warning: {cut:,} of the prompts drawn were cut to {MAX_TOKENS} tokens")
+        if not run.first:
+            return {}
+        teacher, _ = pixart_files.load_transformer(cfg.transformer or self.path, like=self.path)
+        student = copy.deepcopy(teacher)
+        student.load_state_dict({k.removeprefix("denoiser.transformer."): v for k, v in weights.items()})
+        pixart_files.save_student(path, student, **notes(cfg, self.path, cfg.steps))
+        if cfg.preset != "pixart-digits" or not isinstance(self.source, TextEncoder):
+            return {}
+        generator = Generator(PixArtDenoiser(student), cfg.sigma_init).to(task.device)
+        denoiser = self.guided(PixArtDenoiser(teacher).to(task.device))
+        networks = generator, denoiser, task.shape, self.vae, self.source
+        return captions.compare(*networks, cfg.samples, run.path / "classifier.safetensors")
+
+    def words(self, m):
+        if "student_follows" in m:
+            yield (
+                f"the digit of the prompt is read from {m['student_follows']:.1%} of {m['samples']} one-step "
+                f"samples, and from {m['teacher_follows']:.1%} of the teacher's (35 evaluations)"
+            )
+            yield (
+                f"Frechet distance: student {m['student_fd']:.3f}, teacher {m['teacher_fd']:.3f}, "
+                f"halves of the data {m['floor_fd']:.3f}"
+            )
 
 
 # ----------------------------------------------------------------------------------------------
@@ -183,100 +222,9 @@ def tell_memory(plan, device, say):
         )
 
 
-def gather(cfg, accelerator, pipeline):
-    """The Parts, if there is the memory for all that they become."""
-    parts = Parts(cfg, pipeline, accelerator.device)
-    accelerator.print(f"{parts.count:,} prompts; memory:")
-    plan = memory_plan(cfg, parts.transformer, parts.frozen_bytes(), accelerator.num_processes)
-    tell_memory(plan, accelerator.device, accelerator.print)
-    return parts
-
-
-# ----------------------------------------------------------------------------------------------
-# The run.
-
-
-def make_pictures(run, task, vae):
-    """Some prompts spread over all of them, with the latents of the first seeds."""
-    n, columns = (40, 8) if task.shape[1] <= 16 else (8, 4)
-    z, _ = latents(range(n), task.shape)
-    cond = task.captions(torch.linspace(0, task.count - 1, n, dtype=torch.float32).long())
-    return plots.Pictures(run, task, z.to(task.device), cond, lambda x: decode(vae, x), columns)
-
-
-def finish(cfg, accelerator, run, task, parts):
-    """Write generator.safetensors, and metrics.json: for digits, with what a classifier reads."""
-    weights = task.ema.state_dict()  # by every process, if sharded
-    if not accelerator.is_main_process:
-        return accelerator.wait_for_everyone()
-    teacher, _ = pixart_files.load_transformer(cfg.transformer or parts.pipeline, like=parts.pipeline)
-    student = copy.deepcopy(teacher)
-    student.load_state_dict({k.removeprefix("denoiser.transformer."): v for k, v in weights.items()})
-    here = Path(parts.pipeline)
-    about = dict(kind="generator", sigma_init=cfg.sigma_init, preset=cfg.preset, steps=cfg.steps,
-                 teacher=str(here.resolve() if here.exists() else here))  # fmt: skip
-    pixart_files.save_student(run.path / "generator.safetensors", student, **about)
-    log = here.with_name("metrics.json")
-    trained = not cfg.teacher and log.exists()
-    metrics = {"preset": cfg.preset, "seed": cfg.seed, "steps": cfg.steps, "status": "finished",
-               "teacher_seconds": json.loads(log.read_text())["seconds"] if trained else 0.0,
-               "distill_seconds": run.history[-1]["seconds"]}  # fmt: skip
-    if cfg.preset == "pixart-digits" and isinstance(parts.source, TextEncoder):
-        generator = Generator(PixArtDenoiser(student), cfg.sigma_init).to(accelerator.device)
-        denoiser = PixArtDenoiser(teacher).to(accelerator.device)
-        if cfg.guidance != 1:
-            denoiser = Guided(denoiser, parts.null, cfg.guidance)
-        networks = generator, denoiser, task.shape, parts.vae, parts.source
-        metrics |= pixart_digits.compare(*networks, cfg.samples, run.path / "classifier.safetensors")
-    write_json(run.path / "metrics.json", metrics | {"versions": versions()})
-    print(summary(metrics, cfg.out))
-    accelerator.wait_for_everyone()
-
-
-def summary(m, out):
-    """What main prints at the end."""
-    teacher = f"{m['teacher_seconds']:.0f} s of training for the teacher, " if m["teacher_seconds"] else ""
-    lines = [f"finished after {m['steps']} steps; {teacher}{m['distill_seconds']:.0f} s for the student"]
-    if "student_follows" in m:
-        lines += [
-            f"  the digit of the prompt is read from {m['student_follows']:.1%} of {m['samples']} one-step "
-            f"samples, and from {m['teacher_follows']:.1%} of the teacher's (35 evaluations)",
-            f"  Frechet distance: student {m['student_fd']:.3f}, teacher {m['teacher_fd']:.3f}, "
-            f"halves of the data {m['floor_fd']:.3f}",
-            f"  images per second: student {m['student_images_per_second']:.0f}, "
-            f"teacher {m['teacher_images_per_second']:.0f}",
-        ]
-    return "\n".join([*lines, f"  everything is in {out}; look at samples-*.png, panel-*.png and curves.png"])
-
-
 def main(cfg):
-    """Distil; everything is in cfg.out at the end.  Returns the exit code."""
-    check(cfg)
-    quiet()
-    cfg = dataclasses.replace(cfg, out=cfg.out or f"out/edm/{cfg.preset}-{cfg.seed}")
-    if not cfg.teacher and not TEXT_PRESETS[cfg.preset]["teacher"]:
-        raise UserError(f"preset {cfg.preset} needs --teacher, such as PixArt-alpha/PixArt-XL-2-512x512")
-    accelerator = make_accelerator(cfg)
-    if cfg.fake_guidance != 1:
-        words = f"the online network learns {DROPOUT:.0%} of its samples without their caption; B.3 does not"
-        accelerator.print(f"warning: --fake-guidance {cfg.fake_guidance:g}: {words}", file=sys.stderr)
-    # What is wrong with a file, or too big, is told before the folder is made.
-    check_files(cfg)
-    parts = gather(cfg, accelerator, cfg.teacher) if cfg.teacher else None
-    run = Run(cfg, accelerator.is_main_process)
-    parts = parts or gather(cfg, accelerator, train_teacher(cfg, accelerator))
-    task = build(cfg, accelerator, parts)
-    pictures = make_pictures(run, task, parts.vae)
-    try:
-        code = complete(cfg, accelerator, task, run, pictures.look, pictures, "distil")
-    except torch.OutOfMemoryError:
-        raise UserError("out of memory: lower --micro-batch; the last checkpoint is kept") from None
-    if cut := getattr(parts.source, "truncated", 0):
-        accelerator.print(f"warning: {cut:,} of the prompts drawn were cut to {MAX_TOKENS} tokens")
-    if code is None:
-        finish(cfg, accelerator, run, task, parts)
-    return code or 0
+    return distil(cfg, Prompts)
 
 
 if __name__ == "__main__":
-    sys.exit(command_line(main, TextDistillation, __doc__, presets=DISTILLATIONS))
+    sys.exit(command_line(main, TextDistillation, __doc__, presets=TEXT_DISTILLATIONS))

@@ -17,31 +17,29 @@ import dataclasses
 import json
 import math
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
+from collections import defaultdict
+
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from edm import checkpoints, text_metrics
+from edm import sample_pixart
 from edm.config import DEVICE, LEAST_IMAGES, SIGMA_INIT, UserError, command_line, option
-from edm.data import load_fitting
 from edm.device import find_device
-from edm.metrics import (
-    Inception,
-    Reference,
-    classifier_features,
-    data_floor,
-    evaluate_samples,
-    features_of,
-    inception_score,
-    load_statistics,
-)
-from edm.sample import make_sampler, sample_batches
+from edm.images import checkpoints
+from edm.images.data import load_fitting
+from edm.quality.judge import Judge
+from edm.quality.text_metrics import Clip, clip_score, load_aesthetic
+from edm.text import pixart_files
+from edm.text.pixart import PixArtDenoiser
+from edm.text.prompts import DTYPES, TextEncoder, quiet
+from edm.text.sampler import draw, find_prompts, make_encode
 
 
 @dataclass(frozen=True)
@@ -120,60 +118,6 @@ def load_networks(cfg):
     return {"student": (student, about), "teacher": (teacher, teacher_about)}
 
 
-def feature_network(cfg, data, state):
-    if cfg.inception:
-        return Inception(cfg.inception).to(state.device)
-    default = Path(cfg.out).with_name(f"classifier-{Path(cfg.data).stem}.safetensors")
-    with state.main_process_first():  # which trains; the others read its file
-        return classifier_features(data, cfg.classifier or default).to(state.device)
-
-
-def timed(batches, clock):
-    """The images of `sample_batches`; the seconds it takes to make them are added to clock[0]."""
-    batches = iter(batches)
-    while True:
-        start = time.perf_counter()
-        batch = next(batches, None)
-        clock[0] += time.perf_counter() - start
-        if batch is None:
-            return
-        yield batch[1]
-
-
-class Judge:
-    """Rows of the table: each is a sampler's, against data whose own features are computed once.
-
-    cfg: filled settings.  data: an edm.data.Images.  state: accelerate's, of processes that share the work.
-    """
-
-    def __init__(self, cfg, data, state):
-        self.cfg, self.state, self.net = cfg, state, feature_network(cfg, data, state)
-        statistics = load_statistics(cfg.reference, self.net.num_features) if cfg.reference else None
-        mine = data.images[state.process_index :: state.num_processes]
-        features, self.probabilities = features_of(self.net, mine.split(cfg.batch))
-        self.reference = Reference(features, statistics)
-
-    def __call__(self, name, network, about):
-        """One sampler's row, from images of which each process makes its share."""
-        cfg, state = self.cfg, self.state
-        network.to(state.device)
-        sample, evaluations = make_sampler(network, about, cfg.steps)
-        seeds = range(cfg.samples)[state.process_index :: state.num_processes]
-        batches = sample_batches(sample, network, seeds, cfg.batch, device=state.device)
-        bar = tqdm(batches, name, -(-len(seeds) // cfg.batch), disable=not state.is_main_process, leave=False)
-        clock = [0.0]
-        row = evaluate_samples(self.net, self.reference, timed(bar, clock))
-        if row["images"] != cfg.samples:
-            raise UserError(f"asked for {cfg.samples} images of the {name}, got {row['images']}")
-        speed = {"seconds": clock[0], "images_per_second": cfg.samples / clock[0]}
-        return {"evaluations": evaluations} | row | speed
-
-    def floor(self):
-        """The data's own row."""
-        score = inception_score(self.probabilities)
-        return data_floor(self.reference.features) | {"inception_score": score}
-
-
 def text_table(result):
     lines = ["        CLIP score   error aesthetic   error  images/s"]
     for name in ("student", "teacher"):
@@ -204,7 +148,7 @@ def compare(cfg):
     """Student and teacher, and data floor: what main prints and writes, as a dictionary."""
     cfg = filled(cfg)
     state = PartialState(cpu=find_device(cfg.device) == "cpu")  # else torchrun on CPUs goes unnoticed
-    rows = (compare_data if cfg.prompts is None else text_metrics.compare)(cfg, state)
+    rows = (compare_data if cfg.prompts is None else compare_prompts)(cfg, state)
     about = {"torch": torch.__version__, "device": str(state.device), "processes": state.num_processes}
     return rows | {"settings": dataclasses.asdict(cfg), "run": about}
 
@@ -216,6 +160,54 @@ def compare_data(cfg, state):
     judge = Judge(cfg, load_fitting(cfg.data, shape, judge=True, labelled=not cfg.inception), state)
     rows = {name: judge(name, *networks[name]) for name in networks}
     return rows | {"data_floor": judge.floor()}
+
+
+def drawn(cfg, prompts, state):
+    """The batches of sample_pixart.draw: prompt i from seed i, of which this process has its share."""
+    student, about = pixart_files.load_transformer(cfg.student, like=cfg.teacher or None)
+    if not (source := cfg.teacher or about.get("teacher")):
+        raise UserError(f"{cfg.student}: notes no teacher, so --teacher must be given")
+    folder = pixart_files.find_pipeline(source, student.config.caption_channels)
+    encoder = TextEncoder(folder, state.device, DTYPES[cfg.precision][1])
+    vae = pixart_files.load_vae(folder).to(state.device)
+    samplers = sample_pixart.make_samplers(cfg, student, about, folder, vae, encoder.null)
+    pairs = [(prompt, prompt[0]) for prompt in prompts[state.process_index :: state.num_processes]]
+    shape, encode = PixArtDenoiser(student).shape, make_encode(encoder)
+    bar = dict(total=2 * math.ceil(len(pairs) / cfg.batch), disable=not state.is_main_process, leave=False)
+    yield from tqdm(draw(samplers, encode, vae, shape, pairs, cfg.batch), "images", **bar)
+    if encoder.truncated:
+        print(f"warning: {encoder.truncated} prompts cut at {encoder.max_tokens} tokens", file=sys.stderr)
+
+
+def compare_prompts(cfg, state):
+    """Filled settings of evaluate.py, with prompts -> {"student": numbers, "teacher": numbers}."""
+    quiet()
+    same = "student sigma_init prompts steps guidance batch precision out".split()
+    drawing = sample_pixart.Settings(teacher=cfg.teacher or "", **{k: getattr(cfg, k) for k in same})
+    sample_pixart.check(drawing)
+    prompts = find_prompts(cfg.prompts)[: cfg.samples]
+    if len(prompts) < 2:
+        raise UserError(f"--prompts: {len(prompts)} is too few for a standard error")
+    clip = Clip(cfg.clip, state.device)
+    aesthetic = cfg.aesthetic and load_aesthetic(cfg.aesthetic, clip.width).to(state.device)
+    cut = sum(len(ids) > clip.max_tokens for ids in clip.tokenizer([text for _, text in prompts]).input_ids)
+    if cut and state.is_main_process:
+        print(f"warning: CLIP sees {cut} prompts cut at {clip.max_tokens} tokens", file=sys.stderr)
+    scores, seconds, rows = defaultdict(list), defaultdict(list), {}
+    for name, pairs, images, took in drawn(drawing, prompts, state):
+        embeddings = clip.images(images)
+        found = [clip_score(embeddings, clip.texts([text for (_, text), _ in pairs]))]
+        found += [aesthetic(embeddings)[:, 0]] if aesthetic else []
+        scores[name] += zip([seed for _, seed in pairs], torch.stack(found, 1).tolist())
+        seconds[name].append(took)
+    for name, steps in (("student", 1), ("teacher", cfg.steps)):
+        values = torch.tensor([row for _, row in sorted(gather_object(scores[name]))], dtype=torch.float64)
+        row = rows[name] = {"steps": steps, "images": len(values)}
+        for key, column in zip(("clip_score", "aesthetic"), values.T):
+            row |= {key: column.mean().item(), f"{key}_error": column.std().item() / len(column) ** 0.5}
+        calls = gather_object(seconds[name][1:] or seconds[name])  # of each process the first warms up
+        row["images_per_second"] = state.num_processes * cfg.batch * len(calls) / sum(calls)
+    return rows
 
 
 def main(cfg):

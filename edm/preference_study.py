@@ -27,9 +27,9 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from scipy.stats import binomtest
 
-from edm.checkpoints import naming, replacing
 from edm.config import Parser, UserError
-from edm.prompts import read_prompts
+from edm.files import naming, replacing
+from edm.text.prompts import read_prompts
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 DATE = 946_684_800  # the year 2000; zip files know none before 1980

@@ -13,7 +13,6 @@ The image of a seed does not depend on the other seeds, nor on --batch.
 
 import math
 import os
-import re
 import sys
 import time
 from dataclasses import dataclass
@@ -27,14 +26,11 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
-from edm import checkpoints, plots
 from edm.config import DEVICE, SIGMA_INIT, UserError, command_line, option
-from edm.data import one_hot, to_uint8
 from edm.device import find_device
-from edm.networks import Generator
-from edm.sampler import heun, latents
-
-MAX_SEEDS = 10_000_000
+from edm.images import checkpoints
+from edm.images.sampler import make_sampler, parse_seeds, sample_batches
+from edm.training import plots
 
 
 @dataclass(frozen=True)
@@ -51,78 +47,8 @@ class Settings:
     precision: str = option("fp32", "what the network computes in", ("fp32", "bf16"))
 
 
-def parse_seeds(text):
-    """ "0-3,7" -> [0, 1, 2, 3, 7].  Raises UserError."""
-    seeds = []
-    for part in text.split(","):
-        match = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", part.strip())
-        if not match:
-            raise UserError(f"--seeds: {part!r} is neither a seed nor a range of seeds, such as 0-63")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise UserError(f"--seeds: the range {part} is empty")
-        if last - first + len(seeds) >= MAX_SEEDS:
-            raise UserError(f"--seeds {text}: more than {MAX_SEEDS:,} images at a time")
-        seeds += range(first, last + 1)
-    if len(set(seeds)) < len(seeds):
-        raise UserError(f"--seeds {text}: a seed occurs twice")
-    return seeds
-
-
 # ----------------------------------------------------------------------------------------------
 # Sampling.
-
-
-def make_sampler(network, about, steps=18):
-    """-> (sample(z, class_labels) -> images (B, C, H, W), float; evaluations of the network per image).
-
-    about: the notes beside the weights; with a sigma_init among them the network is a one-step
-    generator, and steps mean nothing; otherwise a denoiser, for `heun`.  class_labels: (B, label_dim),
-    one-hot; without classes they have no columns.
-    """
-    if "sigma_init" not in about:
-        return lambda z, class_labels: heun(network, z, steps, class_labels=class_labels), 2 * steps - 1
-    sigma_init = about["sigma_init"]
-    if type(sigma_init) not in (int, float) or not 0 < sigma_init < math.inf:
-        raise UserError(f"the network's sigma_init must be a positive number, got {sigma_init!r}")
-    generator = Generator(network, sigma_init)
-    return lambda z, class_labels: generator(z, class_labels=class_labels), 1
-
-
-def sample_batches(sample, network, seeds, batch, label=None, device="cpu"):
-    """Yield (seeds, images (B, C, H, W) uint8, class indices (B,) or None), all on the CPU.
-
-    sample: of `make_sampler`, with its network on the device.  label: class of all, else by seed.
-
-    The bits of a convolution depend on how many images go in together (on a CPU by 1e-6, so that of
-    1e5 pixels a few truncate to another value).  That number is therefore fixed, 64, or 8 for images of
-    32x32 and more on a CPU, where that is as fast; the last call is filled up with zeros.  An image so
-    depends on neither batch nor company.  It may still differ between machines and numbers of threads;
-    and with a number of threads that does not divide 8 (3 was tried) in its last bits also by its place
-    in the call.
-    """
-    device = torch.device(device)
-    size = 8 if device.type == "cpu" and network.img_resolution >= 32 else 64
-    for start in range(0, len(seeds), batch):
-        some = seeds[start : start + batch]
-        z, labels = latents(some, network.shape, network.label_dim)
-        if label is not None:
-            labels = torch.full((len(z),), label)
-        cond = z.new_zeros(len(z), 0) if labels is None else one_hot(labels, network.label_dim)
-        chunks = zip(z.split(size), cond.split(size))
-        x = torch.cat([fixed_size(sample, *chunk, size, device) for chunk in chunks])
-        try:
-            images = to_uint8(x).cpu()
-        except ValueError as error:
-            raise UserError(f"seeds {some[0]} to {some[-1]}: {error}") from None
-        yield some, images, labels
-
-
-@torch.no_grad()
-def fixed_size(sample, z, cond, size, device):
-    """sample(z, cond) by a call with `size` images: the missing ones are zeros."""
-    z_full, cond_full = (torch.cat([x, x.new_zeros(size - len(x), *x.shape[1:])]) for x in (z, cond))
-    return sample(z_full.to(device), cond_full.to(device))[: len(z)]
 
 
 # ----------------------------------------------------------------------------------------------

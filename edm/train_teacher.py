@@ -1,17 +1,20 @@
-"""Train an EDM teacher: denoising score matching on images (B.2), with a moving average of the weights.
+"""Train a teacher: denoising score matching (B.2), with a moving average of the weights.
 
     python edm/train_teacher.py --preset digits
     python edm/train_teacher.py --preset fashion-mnist --precision bf16 --compile
     torchrun --nproc-per-node 4 edm/train_teacher.py --preset cifar10-cond --data cifar-10-batches-bin
+    python edm/train_teacher.py --preset pixart-digits             # text to image, small enough for a CPU
 
-Leaves teacher.safetensors (the moving average) in its folder, with the log, its curves, sample grids
-by 35 evaluations, and checkpoints to --resume from.  Ctrl-C and SIGTERM save first.
+Leaves teacher.safetensors (the moving average) in its folder, with the log, its curves, sample grids by
+35 evaluations, and checkpoints to --resume from.  Ctrl-C and SIGTERM save first.
+
+pixart-digits leaves pipeline/ instead, in diffusers' layout like the big one's: tokenizer, T5 encoder (of
+random weights: frozen random features tell words apart), VAE and transformer (both trained on
+scikit-learn's digits, 16x16 pixels, with captions such as "a handwritten seven"), scheduler, prompts.txt.
 """
 
-import copy
 import dataclasses
 import sys
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
@@ -19,52 +22,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 import torch
 
 import sim_core as sim
-from edm import checkpoints, plots
-from edm.config import PRESETS, TeacherTraining, UserError, check, command_line
-from edm.data import load_fitting, one_hot, to_network
-from edm.networks import EDMPrecond
-from edm.runs import Run, write_json
-from edm.sampler import fixed_latents, heun
-from edm.trainer import Batches, MovingAverage, Trainee, compiled, complete, generator_of, make_accelerator
-
-TEACHERS = {name: {"data": p["data"]} | p["teacher"] for name, p in PRESETS.items()}
-
-
-class TeacherTask:
-    """One step: denoise data (B.2).  Serves images here and the latents of text-to-image alike.
-
-    examples(rng, n) -> x0 (n, *D), sigma (n,), weight (n,), cond: a dict of tensors (n, ...)
-    """
-
-    def __init__(self, cfg, accelerator, network, examples):
-        self.cfg, self.device, self.examples = cfg, accelerator.device, examples
-        self.teacher = Trainee(accelerator, network, cfg, cfg.lr)
-        self.ema = MovingAverage(network, copy.deepcopy(network).eval(), cfg)
-        self.batches = Batches(cfg, accelerator)
-
-    def step(self, n):
-        rng, size = generator_of(self.device, self.cfg.seed, n), self.cfg.batch
-        # Dropout takes torch's own generator: a seed for each step and process.
-        torch.manual_seed(generator_of("cpu", self.cfg.seed, n, 1 + self.batches.first).initial_seed())
-        x0, sigma, weight, cond = self.examples(rng, size)
-        noise = torch.randn(x0.shape, generator=rng, device=self.device, dtype=torch.float32)
-        x0, sigma, weight, noise = (self.batches.split(t) for t in (x0, sigma, weight, noise))
-        cond = {name: self.batches.split(t) for name, t in cond.items()}
-
-        def loss(i):
-            mine = {name: t[i] for name, t in cond.items()}
-            return sim.fake_loss(self.teacher.wrapped, x0[i], sigma[i], noise[i], weight[i], **mine)
-
-        value, norm = self.teacher.update(loss, self.batches.count, n * size)
-        self.ema.update((n + 1) * size)
-        return {"loss": value, "gradient": norm}
-
-    def state_dict(self):
-        return {"teacher": self.teacher.state_dict(), "ema": self.ema.state_dict()}
-
-    def load_state_dict(self, state):
-        self.teacher.load_state_dict(state["teacher"])
-        self.ema.load_state_dict(state["ema"])
+from edm.config import PRESETS, TEACHERS, TEXT_PRESETS, TeacherTraining, UserError, check, command_line
+from edm.device import Single
+from edm.files import write_json
+from edm.images import checkpoints
+from edm.images.data import load_fitting, one_hot, to_network
+from edm.images.networks import EDMPrecond
+from edm.images.sampler import fixed_latents, heun, latents
+from edm.text import digits
+from edm.text.pixart import PixArtDenoiser, decode
+from edm.text.pixart_files import load_vae
+from edm.text.prompts import TextEncoder, quiet
+from edm.training import plots
+from edm.training.denoising import TeacherTask
+from edm.training.loop import complete
+from edm.training.run import Run
+from edm.training.trainee import compiled, make_accelerator
 
 
 def image_examples(cfg, device, network, data):
@@ -86,42 +59,93 @@ def image_examples(cfg, device, network, data):
     return examples
 
 
-def learn(cfg, accelerator, task, run, picture, name, write):
-    """Train; write(path) writes the network, the last to come, at cfg.out/name.  Returns the exit code."""
-    code = complete(cfg, accelerator, task, run, dict, picture, "teacher")
-    if code is not None or not accelerator.is_main_process:
-        return code or 0
-    write_json(run.path / "metrics.json", {"steps": cfg.steps, "seconds": run.history[-1]["seconds"]})
-    write(run.path / name)
-    print(f"wrote {run.path}/{name}; look at its samples-*.png and curves.png")
-    return 0
+class ImageTeacher:
+    """EDM's U-Net, on images."""
+
+    file = "teacher.safetensors"
+
+    def __init__(self, cfg, accelerator):
+        if cfg.vae_steps is not None:
+            raise UserError("--vae-steps is for the preset pixart-digits")
+        if not cfg.data:
+            raise UserError(
+                f"preset {cfg.preset} needs --data: a folder with CIFAR-10's batches, or EDM's zip"
+            )
+        self.cfg, self.device = cfg, accelerator.device
+        torch.manual_seed(cfg.seed)
+        self.network = EDMPrecond(**PRESETS[cfg.preset]["network"]).to(memory_format=torch.channels_last)
+        self.data = load_fitting(cfg.data, self.network.shape, self.network.label_dim)
+
+    def start(self, run):
+        self.z, self.cond = fixed_latents(self.network, self.device)
+        return self.network, image_examples(self.cfg, self.device, self.network, self.data)
+
+    def samples(self, network):
+        return heun(network, self.z, **self.cond)
+
+    def write(self, path, network):
+        images = self.cfg.steps * self.cfg.batch
+        checkpoints.save(path, network, kind="teacher", preset=self.cfg.preset, images=images)
+
+
+class TextTeacher:
+    """PixArt of the digits, on latents; its VAE and its text encoder come first."""
+
+    file = "pipeline"
+
+    def __init__(self, cfg, accelerator):
+        if cfg.data or cfg.flip:
+            raise UserError(f"preset {cfg.preset} has data of its own: no --data, no --flip")
+        quiet()
+        self.cfg, self.accelerator, self.device = cfg, accelerator, accelerator.device
+
+    def start(self, run):
+        from diffusers import PixArtTransformer2DModel
+
+        self.frozen = run.path / "frozen"
+        if run.first:
+            digits.make_frozen(self.frozen, self.cfg.seed, self.cfg.vae_steps)
+        self.accelerator.wait_for_everyone()
+        self.vae = load_vae(self.frozen).to(self.device)
+        encoder = TextEncoder(self.frozen, self.device)
+        torch.manual_seed(self.cfg.seed)
+        with Single():
+            network = PixArtDenoiser(PixArtTransformer2DModel(**digits.TRANSFORMER)).to(self.device)
+        self.z = latents(range(40), network.shape)[0].to(self.device)
+        self.caption = encoder(digits.grid_prompts())
+        return network, digits.text_examples(digits.pictures(), self.vae, encoder, network.levels)
+
+    def samples(self, network):
+        return decode(self.vae, heun(network, self.z, **digits.SAMPLER, **self.caption))
+
+    def write(self, path, network):
+        if not path.exists():
+            digits.save_pipeline(path, self.frozen, network.transformer)
 
 
 def main(cfg):
-    """Train; cfg.out/teacher.safetensors is there at the end.  Returns the exit code."""
+    """Train; the teacher's file is in cfg.out at the end.  Returns the exit code."""
     check(cfg)
     cfg = dataclasses.replace(cfg, out=cfg.out or f"out/edm/{cfg.preset}-teacher-{cfg.seed}")
-    if not cfg.data:
-        raise UserError(f"preset {cfg.preset} needs --data: a folder with CIFAR-10's batches, or EDM's zip")
     accelerator = make_accelerator(cfg)
-    torch.manual_seed(cfg.seed)
-    network = EDMPrecond(**PRESETS[cfg.preset]["network"])
-    data = load_fitting(cfg.data, network.shape, network.label_dim)
+    kind = (TextTeacher if cfg.preset in TEXT_PRESETS else ImageTeacher)(cfg, accelerator)
     run = Run(cfg, accelerator.is_main_process)
-    examples = image_examples(cfg, accelerator.device, network, data)
-    task = TeacherTask(cfg, accelerator, network.to(memory_format=torch.channels_last), examples)
+    network, examples = kind.start(run)
+    task = TeacherTask(cfg, accelerator, network, examples)
     if cfg.compile:
         compiled([network], accelerator.device, accelerator.print)
-    z, cond = fixed_latents(network, accelerator.device)
 
     def picture(step):
-        samples = heun(task.ema.network, z, **cond)
+        samples = kind.samples(task.ema.network)
         if run.first:
             plots.save_grid(run.path / f"samples-{step:07d}.png", samples)
 
-    about = dict(kind="teacher", preset=cfg.preset, images=cfg.steps * cfg.batch)
-    write = partial(checkpoints.save, network=task.ema.network, **about)
-    return learn(cfg, accelerator, task, run, picture, "teacher.safetensors", write)
+    code = complete(cfg, accelerator, task, run, dict, picture, "teacher")
+    if code is None and run.first:
+        write_json(run.path / "metrics.json", {"steps": cfg.steps, "seconds": run.history[-1]["seconds"]})
+        kind.write(run.path / kind.file, task.ema.network)
+        print(f"wrote {run.path}/{kind.file}; look at its samples-*.png and curves.png")
+    return code or 0
 
 
 if __name__ == "__main__":

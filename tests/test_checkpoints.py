@@ -18,10 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from edm import checkpoints
-from edm.checkpoints import load, main, read_pickle, read_storage, replacing, save
+from edm.checkpoints import main
 from edm.config import UserError
-from edm.networks import ARCHITECTURES, EDMPrecond
+from edm.files import replacing
+from edm.images import checkpoints
+from edm.images.checkpoints import load, save
+from edm.images.edm_pickle import read_pickle, read_storage
+from edm.images.networks import ARCHITECTURES, EDMPrecond
 from tests.snapshots import Reduced, edm_names, snapshot
 
 ROOT = Path(__file__).parents[1]

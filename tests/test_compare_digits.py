@@ -16,8 +16,8 @@ import torch
 from accelerate.state import AcceleratorState
 
 from edm import compare_digits, distill
-from edm.config import PRESETS, settings
-from edm.study_report import figure_of, final, table
+from edm.config import DISTILLATIONS, PRESETS, settings
+from edm.quality.study_report import figure_of, final, table
 
 ROOT = Path(__file__).parents[1]
 TINY = "--seeds 2 --steps 6 --teacher-steps 5 --samples 100 --jobs 1".split()
@@ -35,7 +35,7 @@ def small(monkeypatch, tmp_path):
 
     network = PRESETS["digits"]["network"] | dict(model_channels=8, num_blocks=1)
     monkeypatch.setitem(PRESETS["digits"], "network", network)
-    monkeypatch.setitem(distill.DISTILLATIONS, "digits", distill.DISTILLATIONS["digits"] | dict(warmup=1))
+    monkeypatch.setitem(DISTILLATIONS, "digits", DISTILLATIONS["digits"] | dict(warmup=1))
     monkeypatch.setattr(compare_digits, "work_off", here)
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)

@@ -10,11 +10,12 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from edm import distill, distill_pixart, metrics, prompts, sample, sample_pixart
+from edm import distill, distill_pixart, prompts, sample, sample_pixart
 from edm.config import PRESETS, TEXT_PRESETS, Distillation, TextDistillation
-from edm.data import Images, load_images
-from edm.networks import EDMPrecond
-from edm.sampler import fixed_latents, latents
+from edm.images.data import Images, load_images
+from edm.images.networks import EDMPrecond
+from edm.images.sampler import fixed_latents, latents
+from edm.quality import metrics
 from tests.test_distill import UNET, quick
 from toy import train_2d
 from toy.config import Config, resolve

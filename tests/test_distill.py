@@ -24,12 +24,27 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import sim_core as sim
-from edm import benchmark, checkpoints, distill, evaluate, plots, sample, train_teacher
-from edm.config import PRESETS, Distillation, TeacherTraining, Training, UserError, check, command_line, parse
-from edm.data import Images, load_images, to_uint8
-from edm.networks import EDMPrecond, Generator
-from edm.runs import Run
-from edm.trainer import Batches, Distiller, Diverged, Recent, compiled, make_accelerator
+from edm import benchmark, distill, evaluate, sample, train_teacher
+from edm.algorithm2 import Distiller
+from edm.config import (
+    DISTILLATIONS,
+    PRESETS,
+    TEACHERS,
+    Distillation,
+    TeacherTraining,
+    Training,
+    UserError,
+    check,
+    command_line,
+    parse,
+)
+from edm.images import checkpoints
+from edm.images.data import Images, load_images, to_uint8
+from edm.images.networks import EDMPrecond, Generator
+from edm.training import plots
+from edm.training.loop import Diverged, Recent
+from edm.training.run import Run
+from edm.training.trainee import Batches, compiled, make_accelerator
 from tests.snapshots import write_snapshot
 
 ROOT = Path(__file__).parents[1]
@@ -353,7 +368,7 @@ def run(*more, **changes):
     settings = TINY | dict(teacher="teacher.safetensors") | changes
     words = [word for k, v in settings.items() for word in (f"--{k.replace('_', '-')}", str(v))]
     try:
-        return command_line(distill.main, Distillation, "", [*words, *more], distill.DISTILLATIONS)
+        return command_line(distill.main, Distillation, "", [*words, *more], DISTILLATIONS)
     except SystemExit as stop:
         return stop.code
     finally:
@@ -401,7 +416,7 @@ def test_a_run_leaves_what_it_promises(whole):
     average = Generator(denoiser).state_dict()
     assert all(torch.equal(average[k], v) for k, v in state["ema"].items()) and about["sigma_init"] == 2.5
     assert about["teacher"] == str(whole.parent / "teacher.safetensors")
-    cfg = Distillation(**distill.DISTILLATIONS["digits"] | TINY | dict(steps=6))
+    cfg = Distillation(**DISTILLATIONS["digits"] | TINY | dict(steps=6))
     task = distill.build(
         cfg, make_accelerator(cfg), checkpoints.load(whole.parent / "teacher.safetensors")[0]
     )
@@ -458,7 +473,9 @@ def test_an_augmented_teacher_distils_as_without_its_layer(precision, here, caps
     for steps, name in ((2, one), (4, one), (4, other)):
         AcceleratorState._reset_state()
         left = iter([False] * 2 + [True] * 2)  # of a signal
-        monkeypatch.setattr("edm.trainer.agree", lambda *_, left=left, steps=steps: steps == 2 and next(left))
+        monkeypatch.setattr(
+            "edm.training.loop.agree", lambda *_, left=left, steps=steps: steps == 2 and next(left)
+        )
         assert run("--resume", teacher=name, out=tmp_path / name, precision=precision) == 0
     printed = capsys.readouterr().out
     words = (
@@ -727,7 +744,7 @@ def test_wrong_inputs_are_refused_in_one_line_and_leave_no_trace(words, here, ca
 
 def test_a_batch_must_divide_over_the_processes(monkeypatch):
     two = SimpleNamespace(num_processes=2, process_index=0)
-    monkeypatch.setattr("edm.trainer.Accelerator", lambda **options: two)
+    monkeypatch.setattr("edm.training.trainee.Accelerator", lambda **options: two)
     with pytest.raises(UserError, match="--batch 9 does not divide over 2 processes"):
         make_accelerator(config(batch=9))
 
@@ -744,8 +761,8 @@ def test_table_5():
 
 
 SCRIPTS = {  # script -> its settings and presets
-    "distill": (Distillation, distill.DISTILLATIONS),
-    "train_teacher": (TeacherTraining, train_teacher.TEACHERS),
+    "distill": (Distillation, DISTILLATIONS),
+    "train_teacher": (TeacherTraining, TEACHERS),
     "sample": (sample.Settings, None),
     "evaluate": (evaluate.Settings, None),
     "benchmark": (benchmark.Settings, None),
@@ -771,10 +788,10 @@ def test_the_commands_of_the_pages_and_docstrings_are_valid():
     "words", ["--method sid", "--method diff_instruct", *(f"--distance {d}" for d in sim.DISTANCES)]
 )
 def test_every_loss_can_be_chosen_with_every_preset(preset, words):
-    cfg = parse(Distillation, "", ["--preset", preset, *words.split()], distill.DISTILLATIONS)
+    cfg = parse(Distillation, "", ["--preset", preset, *words.split()], DISTILLATIONS)
     check(cfg)
     assert (cfg.c is None) == ("pseudo_huber" not in words)
-    assert parse(Distillation, "", ["--c", "7"], distill.DISTILLATIONS).c == 7.0
+    assert parse(Distillation, "", ["--c", "7"], DISTILLATIONS).c == 7.0
 
 
 # ----------------------------------------------------------------------------------------------

@@ -23,12 +23,15 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import distribute_tensor
 
 import sim_core as sim
-from edm import distill_pixart, pixart_digits, pixart_files, prompts
-from edm.config import TEXT_PRESETS, TextDistillation, UserError, command_line
-from edm.networks import Generator
-from edm.pixart import PixArtDenoiser
-from edm.runs import Run
-from edm.trainer import Distiller, generator_of, make_accelerator
+from edm import distill_pixart, prompts
+from edm.algorithm2 import Distiller
+from edm.config import TEACHERS, TEXT_DISTILLATIONS, TEXT_PRESETS, TextDistillation, UserError, command_line
+from edm.images.networks import Generator
+from edm.quality import captions
+from edm.text import digits, pixart_files
+from edm.text.pixart import PixArtDenoiser
+from edm.training.run import Run
+from edm.training.trainee import generator_of, make_accelerator
 from tests.test_distill import Watch, flat, quick, relative, same
 
 ROOT = Path(__file__).parents[1]
@@ -46,12 +49,12 @@ def config(**changes):
 def make_pipeline(folder):
     """All of a pipeline, small, of random weights: folder/pipeline."""
     torch.manual_seed(0)
-    pixart_digits.make_text_encoder(folder / "frozen")
-    AutoencoderKL(**pixart_digits.VAE).save_pretrained(folder / "frozen/vae")
+    digits.make_text_encoder(folder / "frozen")
+    AutoencoderKL(**digits.VAE).save_pretrained(folder / "frozen/vae")
     transformer = PixArtTransformer2DModel(**SMALL)
     for p in transformer.parameters():
         torch.nn.init.normal_(p, std=0.5 * p[0].numel() ** -0.5)
-    pixart_digits.save_pipeline(folder / "pipeline", folder / "frozen", transformer)
+    digits.save_pipeline(folder / "pipeline", folder / "frozen", transformer)
     return folder / "pipeline"
 
 
@@ -217,7 +220,7 @@ def test_points_keep_the_sigma_that_was_drawn(pipeline):
 
 
 def test_captions_are_those_of_the_prompts(pipeline):
-    task, texts = task_of(pipeline, batch=64), pixart_digits.PROMPTS
+    task, texts = task_of(pipeline, batch=64), digits.PROMPTS
     picked = task.pick(torch.Generator().manual_seed(0), 1000)
     assert picked["prompt"].unique().tolist() == list(range(len(texts)))
     assert picked["hidden"].float().mean().item() == pytest.approx(0.1, abs=0.03)
@@ -313,7 +316,7 @@ def run(*more, **changes):
     """edm/distill_pixart.py's exit code."""
     settings = TINY | dict(teacher="pipeline") | changes
     words = [word for k, v in settings.items() for word in (f"--{k.replace('_', '-')}", str(v))]
-    presets = distill_pixart.DISTILLATIONS
+    presets = TEXT_DISTILLATIONS
     try:
         return command_line(distill_pixart.main, TextDistillation, "", [*words, *more], presets)
     except SystemExit as stop:
@@ -336,7 +339,7 @@ def record(out):
 
 @pytest.fixture
 def fast(monkeypatch):
-    monkeypatch.setattr(pixart_digits, "compare", lambda *given: {})
+    monkeypatch.setattr(captions, "compare", lambda *given: {})
 
 
 def test_a_run_leaves_what_it_promises(here, fast, tmp_path):
@@ -480,7 +483,7 @@ for sharding in ("ddp", "fsdp"):
         found[sharding, micro_batch, share] = task.gradients
 torch.save(found, f"rank{task.accelerator.process_index}.pt")
 t.quick()
-t.pixart_digits.compare = lambda *given: {}
+t.captions.compare = lambda *given: {}
 for sharding in ("ddp", "fsdp"):
     assert t.run(out=sharding, teacher=sys.argv[1], sharding=sharding, steps=4, every=16) == 0
 assert t.run("--resume", out="fsdp", teacher=sys.argv[1], sharding="fsdp", steps=4, every=16) == 0
@@ -531,9 +534,9 @@ sys.exit(t.run("--resume", out=sys.argv[1], teacher="", steps=8))
 
 def shrink():
     """A small teacher, trained briefly."""
-    pixart_digits.TRANSFORMER = SMALL
-    TEXT_PRESETS["pixart-digits"]["teacher"] = dict(steps=4, batch=8, lr=1e-3, every=16, vae_steps=2)
-    pixart_digits.compare = lambda *given: {}
+    digits.TRANSFORMER = SMALL
+    TEACHERS["pixart-digits"] = dict(steps=4, batch=8, lr=1e-3, every=16, vae_steps=2)
+    captions.compare = lambda *given: {}
 
 
 @pytest.mark.slow

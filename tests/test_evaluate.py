@@ -15,10 +15,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from edm import checkpoints, evaluate, metrics
+from edm import evaluate
 from edm.config import UserError, command_line
-from edm.data import Images, load_images
-from edm.networks import EDMPrecond
+from edm.images import checkpoints
+from edm.images.data import Images, load_images
+from edm.images.networks import EDMPrecond
+from edm.quality import metrics
 
 ROOT = Path(__file__).parents[1]
 

@@ -67,8 +67,14 @@ def run(tmp_path_factory):
         source = (ROOT / file).read_text()
         assert old in source, "the line has changed: update the mutation"
         folder = tmp_path_factory.mktemp("copy")
-        for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), ROOT / "pyproject.toml", ROOT / "README.md"):
-            (folder / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+        for path in (
+            *ROOT.glob("*.py"),
+            *ROOT.glob("*/*.py"),
+            *ROOT.glob("*/*/*.py"),
+            ROOT / "pyproject.toml",
+            ROOT / "README.md",
+        ):
+            (folder / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, folder / path.relative_to(ROOT))
         (folder / file).write_text(source.replace(old, new) if old else source)
         files, _, names = tests.partition(" -k ")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from edm.networks import ARCHITECTURES, Block, Conv2d, EDMPrecond, Generator, SongUNet
+from edm.images.networks import ARCHITECTURES, Block, Conv2d, EDMPrecond, Generator, SongUNet
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference" / "edm"
 VECTORS = ["tiny_uncond_vp", "tiny_cond_vp", "tiny_uncond_ve", "tiny_cond_ve", "tiny_gray8"]

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sim_core as sim
-from edm.networks import Generator
-from edm.pixart import Guided, PixArtDenoiser, decode, encode, sigma_of_t, without
+from edm.images.networks import Generator
+from edm.text.pixart import Guided, PixArtDenoiser, decode, encode, sigma_of_t, without
 
 VECTORS = Path(__file__).parents[2] / "shared/reference/pixart/precond.npz"
 needs_vectors = pytest.mark.skipif(

@@ -18,12 +18,12 @@ from diffusers import (
 )
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from edm import pixart_files
 from edm.config import UserError
-from edm.networks import Generator
-from edm.pixart import PixArtDenoiser
-from edm.pixart_files import export_pipeline, load_transformer, one_step_scheduler, save_student
-from edm.sampler import latents
+from edm.images.networks import Generator
+from edm.images.sampler import latents
+from edm.text import pixart_files
+from edm.text.pixart import PixArtDenoiser
+from edm.text.pixart_files import export_pipeline, load_transformer, one_step_scheduler, save_student
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT.parent / "shared" / "reference" / "pixart"
@@ -461,7 +461,7 @@ def test_a_network_of_another_kind(tmp_path):
 
 
 def test_a_name_on_the_hub_when_offline():
-    code = "from edm.pixart_files import load_transformer as f, UserError\n"
+    code = "from edm.text.pixart_files import load_transformer as f, UserError\n"
     code += "try: f('PixArt-alpha/x')\nexcept UserError as e: print(e)"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
     done = subprocess.run(

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from edm import prompts as module
 from edm.config import UserError
-from edm.prompts import CaptionFile, TextEncoder, encode_by_index, read_prompts
+from edm.text.prompts import CaptionFile, TextEncoder, encode_by_index, read_prompts
 
 SCRIPT = str(Path(module.__file__))
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from edm.config import UserError
-from edm.pth import read_pth
+from edm.images.pth import read_pth
 
 
 class Options:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from edm.study_report import final
+from edm.quality.study_report import final
 from tests.conftest import collect_ignore
 from toy import compare_2d
 from toy.config import Config, check, parse_args, resolve

@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from edm import checkpoints
-from edm.data import one_hot, to_uint8
-from edm.networks import ARCHITECTURES, EDMPrecond
-from edm.sampler import latents
+from edm.images import checkpoints
+from edm.images.data import one_hot, to_uint8
+from edm.images.networks import ARCHITECTURES, EDMPrecond
+from edm.images.sampler import latents
 from tests.snapshots import write_snapshot
 
 ROOT = Path(__file__).parents[1]

@@ -16,12 +16,12 @@ from test_pixart_files import make_pipeline, random_
 
 from edm import sample_pixart
 from edm.config import command_line
-from edm.data import to_uint8
-from edm.networks import Generator
-from edm.pixart import PixArtDenoiser, decode
-from edm.pixart_files import load_transformer, load_vae, save_student
-from edm.prompts import TextEncoder
-from edm.sampler import latents
+from edm.images.data import to_uint8
+from edm.images.networks import Generator
+from edm.images.sampler import latents
+from edm.text.pixart import PixArtDenoiser, decode
+from edm.text.pixart_files import load_transformer, load_vae, save_student
+from edm.text.prompts import TextEncoder
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT.parent / "shared/reference/pixart"

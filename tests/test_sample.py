@@ -11,11 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from edm import checkpoints, plots, sample
+from edm import sample
 from edm.config import UserError, command_line
-from edm.data import one_hot, to_uint8
-from edm.networks import EDMPrecond
-from edm.sampler import fixed_latents, heun, latents
+from edm.images import checkpoints
+from edm.images.data import one_hot, to_uint8
+from edm.images.networks import EDMPrecond
+from edm.images.sampler import fixed_latents, heun, latents
+from edm.training import plots
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT.parent / "shared" / "reference" / "edm"

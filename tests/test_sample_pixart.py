@@ -17,12 +17,12 @@ from test_pixart_files import make_pipeline, tiny
 
 from edm import sample_pixart
 from edm.config import UserError, command_line
-from edm.data import to_uint8
-from edm.networks import Generator
-from edm.pixart import PixArtDenoiser
-from edm.pixart_files import load_transformer, save_student
-from edm.prompts import TextEncoder
-from edm.sampler import latents
+from edm.images.data import to_uint8
+from edm.images.networks import Generator
+from edm.images.sampler import latents
+from edm.text.pixart import PixArtDenoiser
+from edm.text.pixart_files import load_transformer, save_student
+from edm.text.prompts import TextEncoder
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ["a red fox", "the blue boat", "in the snow, a fox"]

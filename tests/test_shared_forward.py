@@ -12,8 +12,9 @@ from accelerate.state import AcceleratorState
 from torch.func import functional_call, vmap
 
 import sim_core as sim
+from edm.algorithm2 import Distiller
 from edm.config import Distillation
-from edm.trainer import Batches, Distiller, make_accelerator
+from edm.training.trainee import Batches, make_accelerator
 from tests.by_hand import Learner, flat
 from toy.mixtures import ring
 from toy.networks import Denoiser, Generator

@@ -12,9 +12,9 @@ from accelerate.state import AcceleratorState
 
 from edm import distill, train_teacher
 from edm.config import MACHINE, Distillation, TeacherTraining
-from edm.data import Images
-from edm.networks import EDMPrecond
-from edm.trainer import make_accelerator
+from edm.images.data import Images
+from edm.images.networks import EDMPrecond
+from edm.training.trainee import make_accelerator
 from tests.by_hand import (
     Learner,
     denoising_loss,

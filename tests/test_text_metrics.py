@@ -17,8 +17,8 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 
 from edm import evaluate, sample_pixart
 from edm.config import UserError, command_line
-from edm.pixart_files import save_student
-from edm.text_metrics import Clip, clip_score, load_aesthetic
+from edm.quality.text_metrics import Clip, clip_score, load_aesthetic
+from edm.text.pixart_files import save_student
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ["a red fox", "the blue boat", "in the snow, a fox", "a boat", "the red snow"]

@@ -21,7 +21,12 @@ PATH = ROOT / "toy/tutorial.ipynb"
 CELLS = json.loads(PATH.read_text())["cells"]
 CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
 TEXT = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "markdown"]
-PROJECT = [ROOT / "sim_core.py", ROOT / "verify_identity.py", *ROOT.glob("toy/*.py"), *ROOT.glob("edm/*.py")]
+PROJECT = [
+    ROOT / "sim_core.py",
+    ROOT / "verify_identity.py",
+    *ROOT.glob("toy/*.py"),
+    *ROOT.glob("edm/**/*.py"),
+]
 OUTPUTS = [output for cell in CODE for output in cell["outputs"]]
 
 

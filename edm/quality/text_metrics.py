@@ -6,23 +6,16 @@
 Prompt i is drawn once, from seed i, by the student in one step and by its teacher's own sampler.
 """
 
-import math
-import sys
-from collections import defaultdict
-
 import torch
 import torch.nn.functional as F
-from accelerate.utils import gather_object
 from torch import nn
-from tqdm import tqdm
 
-from edm import pixart_files, sample_pixart
-from edm.checkpoints import naming
 from edm.config import UserError
 from edm.device import Single
-from edm.pixart import PixArtDenoiser
-from edm.prompts import DTYPES, TextEncoder, exists_here, quiet
-from edm.pth import read_pth
+from edm.files import naming
+from edm.images.pth import read_pth
+from edm.text import pixart_files
+from edm.text.prompts import exists_here
 
 LAYERS = (0, 2, 4, 6, 7)  # of the aesthetic head; those between are dropout, for its training
 
@@ -99,51 +92,3 @@ def load_aesthetic(path, width):
             network = nn.Sequential(*map(nn.Linear, [width, *outs], outs))
         network.load_state_dict(dict(zip(network.state_dict(), map(weights.get, names))))
     return network.eval().requires_grad_(False)
-
-
-def drawn(cfg, prompts, state):
-    """The batches of sample_pixart.draw: prompt i from seed i, of which this process has its share."""
-    student, about = pixart_files.load_transformer(cfg.student, like=cfg.teacher or None)
-    if not (source := cfg.teacher or about.get("teacher")):
-        raise UserError(f"{cfg.student}: notes no teacher, so --teacher must be given")
-    folder = pixart_files.find_pipeline(source, student.config.caption_channels)
-    encoder = TextEncoder(folder, state.device, DTYPES[cfg.precision][1])
-    vae = pixart_files.load_vae(folder).to(state.device)
-    samplers = sample_pixart.make_samplers(cfg, student, about, folder, vae, encoder.null)
-    pairs = [(prompt, prompt[0]) for prompt in prompts[state.process_index :: state.num_processes]]
-    shape, encode = PixArtDenoiser(student).shape, sample_pixart.make_encode(encoder)
-    bar = dict(total=2 * math.ceil(len(pairs) / cfg.batch), disable=not state.is_main_process, leave=False)
-    yield from tqdm(sample_pixart.draw(samplers, encode, vae, shape, pairs, cfg.batch), "images", **bar)
-    if encoder.truncated:
-        print(f"warning: {encoder.truncated} prompts cut at {encoder.max_tokens} tokens", file=sys.stderr)
-
-
-def compare(cfg, state):
-    """Filled settings of evaluate.py, with prompts -> {"student": numbers, "teacher": numbers}."""
-    quiet()
-    same = "student sigma_init prompts steps guidance batch precision out".split()
-    drawing = sample_pixart.Settings(teacher=cfg.teacher or "", **{k: getattr(cfg, k) for k in same})
-    sample_pixart.check(drawing)
-    prompts = sample_pixart.find_prompts(cfg.prompts)[: cfg.samples]
-    if len(prompts) < 2:
-        raise UserError(f"--prompts: {len(prompts)} is too few for a standard error")
-    clip = Clip(cfg.clip, state.device)
-    aesthetic = cfg.aesthetic and load_aesthetic(cfg.aesthetic, clip.width).to(state.device)
-    cut = sum(len(ids) > clip.max_tokens for ids in clip.tokenizer([text for _, text in prompts]).input_ids)
-    if cut and state.is_main_process:
-        print(f"warning: CLIP sees {cut} prompts cut at {clip.max_tokens} tokens", file=sys.stderr)
-    scores, seconds, rows = defaultdict(list), defaultdict(list), {}
-    for name, pairs, images, took in drawn(drawing, prompts, state):
-        embeddings = clip.images(images)
-        found = [clip_score(embeddings, clip.texts([text for (_, text), _ in pairs]))]
-        found += [aesthetic(embeddings)[:, 0]] if aesthetic else []
-        scores[name] += zip([seed for _, seed in pairs], torch.stack(found, 1).tolist())
-        seconds[name].append(took)
-    for name, steps in (("student", 1), ("teacher", cfg.steps)):
-        values = torch.tensor([row for _, row in sorted(gather_object(scores[name]))], dtype=torch.float64)
-        row = rows[name] = {"steps": steps, "images": len(values)}
-        for key, column in zip(("clip_score", "aesthetic"), values.T):
-            row |= {key: column.mean().item(), f"{key}_error": column.std().item() / len(column) ** 0.5}
-        calls = gather_object(seconds[name][1:] or seconds[name])  # of each process the first warms up
-        row["images_per_second"] = state.num_processes * cfg.batch * len(calls) / sum(calls)
-    return rows

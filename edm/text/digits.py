@@ -1,37 +1,14 @@
-"""A small PixArt that a CPU can train: handwritten digits that follow their caption.
+"""A small PixArt that a CPU can train: handwritten digits that follow their caption."""
 
-    python edm/pixart_digits.py                     # some minutes; distill_pixart.py does it by itself
-
-Leaves OUT/pipeline, a diffusers pipeline like the big one: tokenizer, T5 encoder (of random weights:
-frozen random features tell words apart), VAE and transformer (both trained on scikit-learn's digits,
-16x16 pixels, with captions such as "a handwritten seven"), scheduler; and prompts.txt.  Beside it the
-log, pictures and checkpoints of the transformer's training, to --resume from.
-"""
-
-import dataclasses
 import shutil
-import sys
-import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from edm import plots
-from edm.config import TEXT_TEACHERS, TextTeacherTraining, check, command_line
-from edm.data import Images, load_images, to_network, to_uint8
 from edm.device import Single
-from edm.metrics import Reference, classifier_features, data_floor, evaluate_samples, features_of
-from edm.pixart import BETA_FIRST, BETA_LAST, PixArtDenoiser, decode, encode, without
-from edm.pixart_files import load_vae
-from edm.prompts import TextEncoder, quiet
-from edm.runs import Run
-from edm.sampler import heun, latents
-from edm.train_teacher import TeacherTask, learn
-from edm.trainer import make_accelerator
+from edm.images.data import Images, load_images, to_network
+from edm.text.pixart import BETA_FIRST, BETA_LAST, encode, without
 
 NUMBERS = "zero one two three four five six seven eight nine".split()
 TEMPLATES = ("a handwritten {}", "the digit {}", "the number {}", "a {}")
@@ -52,10 +29,6 @@ def pictures():
     data = load_images("digits")
     larger = F.interpolate(data.images.float(), PIXELS, mode="bilinear").round().to(torch.uint8)
     return Images(larger.expand(-1, 3, -1, -1).contiguous(), data.labels, "digits, 16x16")
-
-
-# ----------------------------------------------------------------------------------------------
-# The frozen parts.
 
 
 def make_text_encoder(folder):
@@ -93,20 +66,16 @@ def train_vae(images, steps, batch=64, lr=4e-3, kl_weight=0.01):
     return vae
 
 
-def make_frozen(folder, cfg):
+def make_frozen(folder, seed, vae_steps):
     """tokenizer/, text_encoder/ and vae/, all or nothing."""
     if folder.exists():
         return
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(seed)
     unfinished = folder.with_name("tmp-" + folder.name)
     shutil.rmtree(unfinished, ignore_errors=True)
     make_text_encoder(unfinished)
-    train_vae(pictures().images, cfg.vae_steps).save_pretrained(unfinished / "vae")
+    train_vae(pictures().images, vae_steps).save_pretrained(unfinished / "vae")
     unfinished.rename(folder)
-
-
-# ----------------------------------------------------------------------------------------------
-# The transformer.
 
 
 def text_examples(data, vae, encoder, levels):
@@ -149,74 +118,3 @@ def save_pipeline(folder, frozen, transformer):
 def grid_prompts(rows=4):
     """For pictures: a column per digit, a row per wording."""
     return [TEMPLATES[row % len(TEMPLATES)].format(number) for row in range(rows) for number in NUMBERS]
-
-
-def main(cfg):
-    """Train; cfg.out/pipeline is there at the end.  Returns the exit code."""
-    from diffusers import PixArtTransformer2DModel
-
-    check(cfg)
-    quiet()
-    cfg = dataclasses.replace(cfg, out=cfg.out or f"out/edm/{cfg.preset}-teacher-{cfg.seed}")
-    accelerator = make_accelerator(cfg)
-    run = Run(cfg, accelerator.is_main_process)
-    frozen = run.path / "frozen"
-    if accelerator.is_main_process:
-        make_frozen(frozen, cfg)
-    accelerator.wait_for_everyone()
-    vae, encoder = load_vae(frozen).to(accelerator.device), TextEncoder(frozen, accelerator.device)
-    torch.manual_seed(cfg.seed)
-    with Single():
-        network = PixArtDenoiser(PixArtTransformer2DModel(**TRANSFORMER)).to(accelerator.device)
-    task = TeacherTask(cfg, accelerator, network, text_examples(pictures(), vae, encoder, network.levels))
-    z, _ = latents(range(40), network.shape)
-    caption = encoder(grid_prompts())
-
-    def picture(step):
-        samples = heun(task.ema.network, z.to(accelerator.device), **SAMPLER, **caption)
-        if run.first:
-            plots.save_grid(run.path / f"samples-{step:07d}.png", decode(vae, samples))
-
-    def write(path):
-        if not path.exists():
-            save_pipeline(path, frozen, task.ema.network.transformer)
-
-    return learn(cfg, accelerator, task, run, picture, "pipeline", write)
-
-
-# ----------------------------------------------------------------------------------------------
-# Do samples follow their captions?
-
-
-def compare(generator, teacher, shape, vae, encoder, n, cache):
-    """n samples of each, seeds 0, 1, ..., under the prompts in turn, read by a classifier of the data.
-
-    generator, teacher: the one-step network and the denoiser.  cache: file of the classifier.
-    -> {"student_follows": the share in which the classifier reads the digit of the prompt, "student_fd": the
-    Frechet distance to the data, ...}
-    """
-    data = pictures()
-    net = classifier_features(data, cache)
-    features, _ = features_of(net, data.images.split(500))
-    reference, numbers = Reference(features), {"floor_fd": data_floor(features)["fd"], "samples": n}
-    how = {"student": generator, "teacher": lambda z, **caption: heun(teacher, z, **SAMPLER, **caption)}
-    for who, sample in how.items():
-        start, images = time.perf_counter(), []
-        for seeds in torch.arange(n).split(100):
-            z, _ = latents(seeds.tolist(), shape)
-            caption = encoder([PROMPTS[seed % len(PROMPTS)] for seed in seeds.tolist()])
-            with torch.no_grad():
-                images.append(decode(vae, sample(z.to(vae.device), **caption)).cpu())
-        seconds = time.perf_counter() - start
-        images = [to_uint8(some) for some in images]
-        found = evaluate_samples(net, reference, images)
-        read = torch.cat([net.probabilities(some).argmax(1) for some in images])
-        named = torch.arange(n) % len(PROMPTS) // len(TEMPLATES)
-        numbers |= {f"{who}_{name}": found[name] for name in ("fd", "precision", "recall", "class_histogram")}
-        numbers[f"{who}_follows"] = (read == named).float().mean().item()
-        numbers[f"{who}_images_per_second"] = n / seconds
-    return numbers
-
-
-if __name__ == "__main__":
-    sys.exit(command_line(main, TextTeacherTraining, __doc__, presets=TEXT_TEACHERS))

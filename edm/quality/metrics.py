@@ -29,11 +29,10 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 
-from edm.checkpoints import naming, replacing
 from edm.config import LEAST_IMAGES, UserError
-from edm.data import to_network
 from edm.device import Single, exact
-from edm.runs import check_writable
+from edm.files import check_writable, naming, replacing
+from edm.images.data import to_network
 
 # ----------------------------------------------------------------------------------------------
 # Feature networks.

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from edm.config import LEAST_IMAGES, UserError
-from edm.safe_pickle import load_inert
+from edm.images.safe_pickle import load_inert
 
 # Far above any data set meant here, far below what a gzip or zip bomb announces.
 MAX_IMAGES, MAX_MEMBER, MAX_CLASSES = 2**20, 2**28, 2**16  # in an IDX file; bytes of a zip's member; labels

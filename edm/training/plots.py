@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import sim_core as sim
-from edm.checkpoints import replacing
-from edm.data import to_uint8
+from edm.files import replacing
+from edm.images.data import to_uint8
 
 
 def show(axes, image):

@@ -1,6 +1,6 @@
 """Weights of PixArt on disk: diffusers' folders, the original files, and our own students.
 
-    from edm.pixart_files import export_pipeline, load_transformer, save_student
+    from edm.text.pixart_files import export_pipeline, load_transformer, save_student
     transformer, about = load_transformer("PixArt-alpha/PixArt-XL-2-512x512")  # a folder, a file, a name
     save_student("generator.safetensors", transformer, sigma_init=2.5, teacher="...")
     export_pipeline("generator.safetensors", "PixArt-alpha/PixArt-XL-2-512x512", "one-step-pixart")
@@ -22,10 +22,11 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from edm.checkpoints import naming, read_safetensors, replacing
 from edm.config import UserError
-from edm.pixart import PixArtDenoiser, sigma_of_t
-from edm.pth import read_pth
+from edm.files import naming, replacing
+from edm.images.checkpoints import read_safetensors
+from edm.images.pth import read_pth
+from edm.text.pixart import PixArtDenoiser, sigma_of_t
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 POSITIONS = "pos_embed.pos_embed"  # computed, not learned

@@ -2,9 +2,7 @@
 
 import contextlib
 import csv
-import errno
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -12,13 +10,12 @@ import pickle
 import platform
 import signal
 import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 
-from edm.checkpoints import replacing
 from edm.config import UserError, settings
+from edm.files import digest, replacing, write_json
 
 
 def versions():
@@ -29,28 +26,6 @@ def versions():
     except (OSError, subprocess.TimeoutExpired):
         commit = None
     return {"python": platform.python_version(), "torch": torch.__version__, "commit": commit}
-
-
-def write_json(path, content):
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def check_writable(path):
-    """Raise UserError unless a file can be written there, with the folders it lacks.  Leaves nothing."""
-    folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
-    try:
-        if Path(path).is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-
-
-def digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def check_settings(cfg):

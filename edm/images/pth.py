@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from edm.config import UserError
-from edm.safe_pickle import InertUnpickler, load_inert
+from edm.images.safe_pickle import InertUnpickler, load_inert
 
 # Where scripts keep weights, the moving average first.  A dictionary without any of these is the weights.
 NESTS = "ema state_dict_ema ema_state_dict model_ema params_ema".split()
