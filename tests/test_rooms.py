@@ -1,0 +1,60 @@
+"""Who may know whom, and how far it is from a command line to the loss."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BESIDE = ["config", "files", "device"]  # of edm, lowest first; each may know those before it
+ROOMS = ["images", "training", "text", "quality"]  # likewise, above these
+FILES = [*ROOT.glob("*.py"), *ROOT.glob("toy/*.py"), *ROOT.glob("edm/**/*.py")]
+
+
+def name_of(path):
+    """edm/text/prompts.py -> ("edm", "text", "prompts")"""
+    return path.relative_to(ROOT).with_suffix("").parts
+
+
+def known_to(path):
+    """The modules of this project that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+        inside = [f"{node.module}."] if isinstance(node, ast.ImportFrom) else [""]
+        for name in (prefix + name for prefix in inside for name in names):
+            parts = tuple(name.split("."))
+            while parts and not (ROOT.joinpath(*parts).with_suffix(".py")).exists():
+                parts = parts[:-1]
+            if parts:
+                yield parts
+
+
+def rank(name):
+    """Whoever imports must stand higher: sim_core 0, then edm's files, rooms, algorithm2 and commands."""
+    if name == ("sim_core",):
+        return 0
+    if name[0] != "edm":
+        return 1 if name[0] == "toy" else 2  # verify_identity uses toy's mixtures
+    if len(name) == 3:
+        return len(BESIDE) + 1 + ROOMS.index(name[1])
+    return BESIDE.index(name[1]) + 1 if name[1] in BESIDE else 20 + (name[1] != "algorithm2")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: "/".join(name_of(path)))
+def test_imports_go_down(path):
+    mine = name_of(path)
+    for other in known_to(path):
+        assert not {mine[0], other[0]} >= {"toy", "edm"}, f"{mine} and {other}: toy and edm never meet"
+        same_room = (len(mine) == len(other) == 3 and mine[1] == other[1]) or mine[0] == other[0] == "toy"
+        commands = rank(mine) == rank(other) == 21
+        assert rank(other) < rank(mine) or same_room or commands, (
+            f"{'.'.join(mine)} imports {'.'.join(other)}"
+        )
+
+
+def test_rooms_are_no_commands():
+    for path in ROOT.glob("edm/*/*.py"):
+        assert "__main__" not in path.read_text(), path
+    for path in ROOT.glob("edm/*.py"):
+        if path.stem not in ("__init__", "algorithm2", *BESIDE):
+            assert '__name__ == "__main__"' in path.read_text(), path
