@@ -1,5 +1,7 @@
 """Break the program on purpose, one line at a time, and see its tests fail."""
 
+import compileall
+import os
 import shutil
 import subprocess
 import sys
@@ -26,56 +28,31 @@ SUITES = {  # the tests that must notice: what breaks
     f"test_distill_pixart.py test_pixart.py -k {OF_TEXT}": TEXT,
 }
 
-# Imports cost more than most of these tests: one process does them, and a fork of it runs each test.
-FORKS = """
-import importlib, os, signal, sys
-for name in sys.argv[1].split():
-    try:
-        importlib.import_module(name)
-    except ImportError:  # edm/requirements.txt is not installed
-        pass
-import pytest
-from hypothesis import Phase, settings
-settings.register_profile("no shrinking", phases=[Phase.generate])
-settings.load_profile("no shrinking")
-for line in sys.stdin:
-    if not (child := os.fork()):
-        folder, tests = line.rstrip().split(" ", 1)
-        files, _, names = tests.partition(" -k ")
-        os.chdir(folder)
-        sys.path.insert(0, folder)
-        signal.alarm(300)
-        out = os.open("out", os.O_WRONLY | os.O_CREAT)
-        os.dup2(out, 1), os.dup2(out, 2)
-        code = pytest.main(["-n", "0", "-x", "-p", "no:cacheprovider", "-k", names, *files.split()])
-        sys.stdout.flush(), os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-HEAVY = """numpy torch torch._dynamo torch.distributed.fsdp torch.distributed.checkpoint.state_dict hypothesis
-tqdm matplotlib.pyplot PIL.Image scipy.linalg sklearn.datasets accelerate safetensors.torch torchmetrics
-diffusers.models.autoencoders.autoencoder_kl diffusers.models.transformers.pixart_transformer_2d
-transformers.models.t5.modeling_t5"""
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A folder of the program and its tests, compiled."""
+    folder = tmp_path_factory.mktemp("copy")
+    files = [path for part in ("toy", "edm", "tests") for path in (ROOT / part).rglob("*.py")]
+    for path in (*files, *ROOT.glob("*.py"), ROOT / "pyproject.toml", ROOT / "README.md"):
+        (folder / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, folder / path.relative_to(ROOT))
+    compileall.compile_dir(folder, quiet=1)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(copy, tmp_path_factory):
     """run(tests, file, old, new) -> exit code and output of the tests where old is new in that file."""
-    command = [sys.executable, "-c", FORKS, HEAVY]
+    command = [sys.executable, ROOT / "tests/forks.py"]
     forks = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def run(tests, file="sim_core.py", old="", new=""):
         source = (ROOT / file).read_text()
         assert old in source, "the line has changed: update the mutation"
-        folder = tmp_path_factory.mktemp("copy")
-        for path in (
-            *ROOT.glob("*.py"),
-            *ROOT.glob("*/*.py"),
-            *ROOT.glob("*/*/*.py"),
-            ROOT / "pyproject.toml",
-            ROOT / "README.md",
-        ):
-            (folder / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, folder / path.relative_to(ROOT))
+        folder = tmp_path_factory.mktemp("broken") / "it"
+        shutil.copytree(copy, folder, copy_function=os.link)
+        (folder / file).unlink()
         (folder / file).write_text(source.replace(old, new) if old else source)
         files, _, names = tests.partition(" -k ")
         files = " ".join(f"tests/{name}" for name in files.split())
