@@ -163,15 +163,13 @@ class Images:
         if "sigma_init" in about:
             raise UserError(f"{path} is a one-step generator, not a teacher")
         self.path, self.teacher = path, teacher.without_augmentation()
-        made = PRESETS[self.cfg.preset]["network"]
-        if other := [
-            k for k in ("img_resolution", "img_channels", "label_dim") if getattr(teacher, k) != made[k]
-        ]:
-            words = ", ".join(f"{k} {getattr(teacher, k)}, not {made[k]}" for k in other)
-            own = f"the teacher's own network counts, not that of preset {self.cfg.preset}"
-            self.accelerator.print(f"{own}: it has {words}")
 
     def build(self):
+        made = PRESETS[self.cfg.preset]["network"]
+        found = {k: getattr(self.teacher, k) for k in ("img_resolution", "img_channels", "label_dim")}
+        if other := ", ".join(f"{k} {v}, not {made[k]}" for k, v in found.items() if v != made[k]):
+            own = f"the teacher's own network counts, not that of preset {self.cfg.preset}"
+            self.accelerator.print(f"{own}: it has {other}")
         return build(self.cfg, self.accelerator, self.teacher)
 
     def pictures(self, run, task):

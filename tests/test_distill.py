@@ -41,6 +41,7 @@ from edm.config import (
 from edm.images import checkpoints
 from edm.images.data import Images, load_images, to_uint8
 from edm.images.networks import EDMPrecond, Generator
+from edm.quality import judge
 from edm.training import plots
 from edm.training.loop import Diverged, Recent
 from edm.training.run import Run
@@ -429,6 +430,7 @@ def test_a_run_leaves_what_it_promises(whole):
 def test_a_teacher_is_trained_if_none_is_given(here, monkeypatch, tmp_path):
     trained = dict(network=UNET, teacher=dict(steps=3, batch=8, lr=0.01, every=16))
     monkeypatch.setitem(PRESETS, "digits", PRESETS["digits"] | trained)
+    monkeypatch.setitem(TEACHERS, "digits", trained["teacher"])
     monkeypatch.setattr(distill, "compare", lambda *args: {})
     assert run(out=tmp_path / "run", teacher="", data="digits") == 0
     cfg, data = TeacherTraining(device="cpu", threads=1, **trained["teacher"]), load_images("digits")
@@ -588,7 +590,7 @@ SCORED = dict(data="digits", samples=64, evaluate_every=16, steps=6, seed=3)
 
 @pytest.fixture
 def pixels(here, monkeypatch):
-    monkeypatch.setattr(evaluate, "classifier_features", lambda data, cache: Pixels())
+    monkeypatch.setattr(judge, "classifier_features", lambda data, cache: Pixels())
 
 
 def fds(out):
@@ -634,7 +636,7 @@ def test_the_best_is_kept_when_it_is_not_the_last(pixels, tmp_path, monkeypatch)
         judged.append(flat(network).clone())
         return {"fd": next(values)}
 
-    monkeypatch.setattr(evaluate.Judge, "__call__", judge)
+    monkeypatch.setattr(distill.Judge, "__call__", judge)
     monkeypatch.setattr(distill, "compare", lambda *given: {})
     assert run(out=tmp_path / "a", **SCORED) == 0
     network, about = checkpoints.load(tmp_path / "a/generator-best.safetensors")
