@@ -161,7 +161,7 @@ def test_each_update_moves_its_own_network(micro_batch):
 def test_micro_batch_must_divide_the_share():
     with pytest.raises(UserError, match="--micro-batch 3 does not divide 8"):
         task_of(micro_batch=3)
-    assert Batches(config(micro_batch=100), SimpleNamespace(num_processes=2, process_index=1)).micro == 4
+    assert Batches(SimpleNamespace(num_processes=2, process_index=1), config().batch, 100).micro == 4
 
 
 def test_draws_depend_on_seed_step_and_update_alone():
@@ -182,7 +182,7 @@ def test_draws_depend_on_seed_step_and_update_alone():
         assert not any(torch.equal(whole[k], v) for k, v in drawn(*other).items())
     shares = []
     for rank in (0, 1):
-        task.batches = Batches(config(micro_batch=2), SimpleNamespace(num_processes=2, process_index=rank))
+        task.batches = Batches(SimpleNamespace(num_processes=2, process_index=rank), config().batch, 2)
         shares.append(drawn(3, 0))
     assert all(torch.equal(whole[k], torch.cat([s[k] for s in shares])) for k in whole)
     task = task_of(seed=1)

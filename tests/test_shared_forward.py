@@ -51,7 +51,7 @@ class Bench:
     def __init__(self, task, batch, rate, adam, total=TOTAL):
         self.task, self.rate, self.adam, self.count = task, rate, adam, total // batch
         task.cfg = dataclasses.replace(task.cfg, batch=total)
-        task.batches = Batches(task.cfg, task.accelerator)
+        task.batches = Batches(task.accelerator, task.cfg.batch, task.cfg.micro_batch)
         self.psi = {k: p.detach() for k, p in task.fake.network.named_parameters()}
         self.theta = [*task.generator.network.parameters()]
 
