@@ -428,12 +428,12 @@ def test_a_run_leaves_what_it_promises(whole):
 
 
 def test_a_teacher_is_trained_if_none_is_given(here, monkeypatch, tmp_path):
-    trained = dict(network=UNET, teacher=dict(steps=3, batch=8, lr=0.01, every=16))
-    monkeypatch.setitem(PRESETS, "digits", PRESETS["digits"] | trained)
-    monkeypatch.setitem(TEACHERS, "digits", trained["teacher"])
+    trained = dict(steps=3, batch=8, lr=0.01, every=16)
+    monkeypatch.setitem(PRESETS["digits"], "network", UNET)
+    monkeypatch.setitem(TEACHERS, "digits", trained)
     monkeypatch.setattr(distill, "compare", lambda *args: {})
     assert run(out=tmp_path / "run", teacher="", data="digits") == 0
-    cfg, data = TeacherTraining(device="cpu", threads=1, **trained["teacher"]), load_images("digits")
+    cfg, data = TeacherTraining(device="cpu", threads=1, **trained), load_images("digits")
     torch.manual_seed(0)
     accelerator, net = make_accelerator(cfg), EDMPrecond(**UNET).to(memory_format=torch.channels_last)
     examples = train_teacher.image_examples(cfg, accelerator.device, net, data)
@@ -670,7 +670,7 @@ def test_a_stopped_run_keeps_its_best_and_takes_other_samples(pixels, tmp_path, 
 
 def test_data_of_its_own_teacher_are_not_exchanged(here, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(PRESETS["digits"], "network", UNET)
-    monkeypatch.setitem(PRESETS["digits"], "teacher", dict(steps=2, batch=8, lr=1e-3, every=16))
+    monkeypatch.setitem(TEACHERS, "digits", dict(steps=2, batch=8, lr=1e-3, every=16))
     monkeypatch.setattr(distill, "compare", lambda *given: {})
     assert run(out=tmp_path / "run", teacher="", data="digits", steps=1) == 0
     (tmp_path / "other").mkdir()
@@ -810,7 +810,7 @@ for n in range(3):
 weights = [t.flat(made.network) for made in (task.fake, task.generator, task.ema)]
 torch.save((found, weights), f"rank{task.accelerator.process_index}.pt")
 t.quick()
-t.evaluate.classifier_features = lambda data, cache: t.Pixels()
+t.judge.classifier_features = lambda data, cache: t.Pixels()
 sys.exit(t.run(out="two", teacher=sys.argv[1], **t.SCORED | dict(steps=3, samples=65)))
 """
 ACCUMULATIONS = [(0, True), (2, True), (1, False)]
@@ -830,8 +830,8 @@ def quick(patch=setattr):
 def shrink():
     """The digits preset, with a small teacher, trained briefly."""
     quick()
-    preset = dict(network=UNET, teacher=dict(steps=6, batch=8, lr=1e-3, every=16))
-    PRESETS["digits"].update(preset)
+    PRESETS["digits"]["network"] = UNET
+    TEACHERS["digits"] = dict(steps=6, batch=8, lr=1e-3, every=16)
     distill.compare = lambda *args: {}
 
 
@@ -893,7 +893,7 @@ def dying(*names):  # the moments in which a file takes its name
 os.replace = dying
 t.shrink()
 print("ready", flush=True)
-t.evaluate.classifier_features = lambda data, cache: t.Pixels()
+t.judge.classifier_features = lambda data, cache: t.Pixels()
 sys.exit(t.run("--resume", out=sys.argv[1], teacher="", data="digits", steps=12, evaluate_every=16))
 """
 
