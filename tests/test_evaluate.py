@@ -17,8 +17,7 @@ from torch import nn
 
 from edm import evaluate
 from edm.config import UserError, command_line
-from edm.images import checkpoints
-from edm.images import sampler
+from edm.images import checkpoints, sampler
 from edm.images.data import Images, load_images
 from edm.images.networks import EDMPrecond
 from edm.quality import metrics
