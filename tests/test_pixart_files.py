@@ -23,7 +23,13 @@ from edm.images.networks import Generator
 from edm.images.sampler import latents
 from edm.text import pixart_files
 from edm.text.pixart import PixArtDenoiser
-from edm.text.pixart_files import export_pipeline, load_transformer, one_step_scheduler, save_student
+from edm.text.pixart_files import (
+    load_transformer,
+    one_step_scheduler,
+    save_student,
+    sigma_init_of,
+    write_pipeline,
+)
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT.parent / "shared" / "reference" / "pixart"
@@ -64,6 +70,11 @@ def make_pipeline(folder, seed=0, width=32, **changes):
 def pipeline(tmp_path_factory):
     """Read only."""
     return make_pipeline(tmp_path_factory.mktemp("pixart") / "teacher")
+
+
+def export_pipeline(student, teacher, out):
+    transformer, about = load_transformer(student, like=teacher)
+    write_pipeline(transformer, sigma_init_of(student, about), teacher, out)
 
 
 def assert_same(a, b):

@@ -1,9 +1,9 @@
 """Weights of PixArt on disk: diffusers' folders, the original files, and our own students.
 
-    from edm.text.pixart_files import export_pipeline, load_transformer, save_student
+    from edm.text.pixart_files import load_transformer, save_student, write_pipeline
     transformer, about = load_transformer("PixArt-alpha/PixArt-XL-2-512x512")  # a folder, a file, a name
     save_student("generator.safetensors", transformer, sigma_init=2.5, teacher="...")
-    export_pipeline("generator.safetensors", "PixArt-alpha/PixArt-XL-2-512x512", "one-step-pixart")
+    write_pipeline(transformer, 2.5, "PixArt-alpha/PixArt-XL-2-512x512", "one-step-pixart")
 
 Students are safetensors with diffusers' names and two JSON texts in the metadata, as the files of
 edm/checkpoints.py: "config", the arguments of PixArtTransformer2DModel, and "about", the writer's notes.
@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import safetensors.torch
@@ -57,7 +58,9 @@ def load_transformer(source, heads=None, like=None):
     else:
         with naming(path), open(path, "rb") as file:
             safe = file.read(9)[6:] == b"\0\0{"  # safetensors: eight bytes of length, then JSON
-        if safe and is_ours(path):
+        with naming(path), safetensors.safe_open(path, "pt") if safe else nullcontext() as file:
+            ours = safe and "config" in (file.metadata() or {})
+        if ours:
             config, weights, about = read_safetensors(path)
         else:
             with naming(path):
@@ -98,12 +101,6 @@ def read_folder(folder):
     return config, {name: tensor for name, tensor in weights.items() if name not in UNUSED}
 
 
-def is_ours(path):
-    """Whether a safetensors file is one of `save_student`, by its metadata."""
-    with naming(path), safetensors.safe_open(path, "pt") as file:
-        return "config" in (file.metadata() or {})
-
-
 def load_vae(folder):
     """The AutoencoderKL of a pipeline folder, as `load_transformer` returns a transformer."""
     from diffusers import AutoencoderKL
@@ -124,16 +121,13 @@ TOP = {  # PixArt's name -> diffusers'; .weight and .bias alike
     "x_embedder.proj": "pos_embed.proj",
     "y_embedder.y_proj.fc1": "caption_projection.linear_1",
     "y_embedder.y_proj.fc2": "caption_projection.linear_2",
-    "t_embedder.mlp.0": "adaln_single.emb.timestep_embedder.linear_1",
-    "t_embedder.mlp.2": "adaln_single.emb.timestep_embedder.linear_2",
     "t_block.1": "adaln_single.linear",
     "final_layer.linear": "proj_out",
     "final_layer.scale_shift_table": "scale_shift_table",
-    "csize_embedder.mlp.0": "adaln_single.emb.resolution_embedder.linear_1",  # to the end: 1,024 pixels only
-    "csize_embedder.mlp.2": "adaln_single.emb.resolution_embedder.linear_2",
-    "ar_embedder.mlp.0": "adaln_single.emb.aspect_ratio_embedder.linear_1",
-    "ar_embedder.mlp.2": "adaln_single.emb.aspect_ratio_embedder.linear_2",
 }
+EMBEDDERS = {"t": "timestep", "csize": "resolution", "ar": "aspect_ratio"}  # the last two: 1,024 pixels only
+for old, new in EMBEDDERS.items():
+    TOP |= {f"{old}_embedder.mlp.{2 * i}": f"adaln_single.emb.{new}_embedder.linear_{i + 1}" for i in (0, 1)}
 BLOCK = {  # in each block; several names: the rows are split
     "scale_shift_table": "scale_shift_table",
     "attn.qkv": "attn1.to_q attn1.to_k attn1.to_v",
@@ -308,19 +302,12 @@ lower-cases prompts.
 """
 
 
-def export_pipeline(student, teacher, out, sigma_init=None):
+def write_pipeline(transformer, sigma_init, teacher, out):
     """Write a folder for diffusers' PixArtAlphaPipeline, whose single step is the generator's.
 
-    student: as for `load_transformer`; sigma_init: if it does not note one.  teacher: a pipeline; its
-    tokenizer, text encoder and VAE are linked or, across disks, copied.  out: must not exist.
-    Raises UserError.
+    teacher: a pipeline; its tokenizer, text encoder and VAE are linked or, across disks, copied.  out: must
+    not exist.  Raises UserError.
     """
-    transformer, about = load_transformer(student, like=teacher)
-    write_pipeline(transformer, sigma_init_of(student, about, sigma_init), teacher, out)
-
-
-def write_pipeline(transformer, sigma_init, teacher, out):
-    """`export_pipeline` of a transformer in memory."""
     out = Path(out)
     if out.exists():
         raise UserError(f"{out}: exists already, and nothing is overwritten")
