@@ -21,9 +21,15 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 from edm.config import UserError
 from edm.images.networks import Generator
 from edm.images.sampler import latents
-from edm.text import pixart_files
 from edm.text.pixart import PixArtDenoiser
-from edm.text.pixart_files import export_pipeline, load_transformer, one_step_scheduler, save_student
+from edm.text.pixart_files import (
+    load_transformer,
+    one_step_scheduler,
+    save_student,
+    sigma_init_of,
+    write_pipeline,
+)
+from edm.text.pixart_names import from_original
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT.parent / "shared" / "reference" / "pixart"
@@ -64,6 +70,11 @@ def make_pipeline(folder, seed=0, width=32, **changes):
 def pipeline(tmp_path_factory):
     """Read only."""
     return make_pipeline(tmp_path_factory.mktemp("pixart") / "teacher")
+
+
+def export_pipeline(student, teacher, out):
+    transformer, about = load_transformer(student, like=teacher)
+    write_pipeline(transformer, sigma_init_of(student, about), teacher, out)
 
 
 def assert_same(a, b):
@@ -266,7 +277,7 @@ def test_the_published_architecture_is_inferred():
         network = PixArtTransformer2DModel(**config)
     assert sum(p.numel() for p in network.parameters()) == reference["params"]["transformer_512"]
     weights = original_by_hand_on_meta(network)
-    found, _ = pixart_files.from_original(weights)
+    found, _ = from_original(weights)
     assert {k: config[k] for k in found if k not in ("interpolation_scale", "use_additional_conditions")} == {
         k: v for k, v in found.items() if k not in ("interpolation_scale", "use_additional_conditions")
     }

@@ -1,9 +1,9 @@
 """Weights of PixArt on disk: diffusers' folders, the original files, and our own students.
 
-    from edm.text.pixart_files import export_pipeline, load_transformer, save_student
+    from edm.text.pixart_files import load_transformer, save_student, write_pipeline
     transformer, about = load_transformer("PixArt-alpha/PixArt-XL-2-512x512")  # a folder, a file, a name
     save_student("generator.safetensors", transformer, sigma_init=2.5, teacher="...")
-    export_pipeline("generator.safetensors", "PixArt-alpha/PixArt-XL-2-512x512", "one-step-pixart")
+    write_pipeline(transformer, 2.5, "PixArt-alpha/PixArt-XL-2-512x512", "one-step-pixart")
 
 Students are safetensors with diffusers' names and two JSON texts in the metadata, as the files of
 edm/checkpoints.py: "config", the arguments of PixArtTransformer2DModel, and "about", the writer's notes.
@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import safetensors.torch
@@ -27,9 +28,9 @@ from edm.files import naming, replacing
 from edm.images.checkpoints import read_safetensors
 from edm.images.pth import read_pth
 from edm.text.pixart import PixArtDenoiser, sigma_of_t
+from edm.text.pixart_names import POSITIONS, from_original, some
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-POSITIONS = "pos_embed.pos_embed"  # computed, not learned
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 UNUSED = ("caption_projection.y_embedding",)  # the null caption, which old versions of diffusers kept
 TENSORS_PER_BLOCK = 21
@@ -57,7 +58,9 @@ def load_transformer(source, heads=None, like=None):
     else:
         with naming(path), open(path, "rb") as file:
             safe = file.read(9)[6:] == b"\0\0{"  # safetensors: eight bytes of length, then JSON
-        if safe and is_ours(path):
+        with naming(path), safetensors.safe_open(path, "pt") if safe else nullcontext() as file:
+            ours = safe and "config" in (file.metadata() or {})
+        if ours:
             config, weights, about = read_safetensors(path)
         else:
             with naming(path):
@@ -98,12 +101,6 @@ def read_folder(folder):
     return config, {name: tensor for name, tensor in weights.items() if name not in UNUSED}
 
 
-def is_ours(path):
-    """Whether a safetensors file is one of `save_student`, by its metadata."""
-    with naming(path), safetensors.safe_open(path, "pt") as file:
-        return "config" in (file.metadata() or {})
-
-
 def load_vae(folder):
     """The AutoencoderKL of a pipeline folder, as `load_transformer` returns a transformer."""
     from diffusers import AutoencoderKL
@@ -114,97 +111,6 @@ def load_vae(folder):
         if missing := found["missing_keys"]:
             raise UserError(f"missing {some(missing)}")
     return vae.eval().requires_grad_(False)
-
-
-# ----------------------------------------------------------------------------------------------
-# PixArt's own names.
-
-TOP = {  # PixArt's name -> diffusers'; .weight and .bias alike
-    "pos_embed": POSITIONS,
-    "x_embedder.proj": "pos_embed.proj",
-    "y_embedder.y_proj.fc1": "caption_projection.linear_1",
-    "y_embedder.y_proj.fc2": "caption_projection.linear_2",
-    "t_embedder.mlp.0": "adaln_single.emb.timestep_embedder.linear_1",
-    "t_embedder.mlp.2": "adaln_single.emb.timestep_embedder.linear_2",
-    "t_block.1": "adaln_single.linear",
-    "final_layer.linear": "proj_out",
-    "final_layer.scale_shift_table": "scale_shift_table",
-    "csize_embedder.mlp.0": "adaln_single.emb.resolution_embedder.linear_1",  # to the end: 1,024 pixels only
-    "csize_embedder.mlp.2": "adaln_single.emb.resolution_embedder.linear_2",
-    "ar_embedder.mlp.0": "adaln_single.emb.aspect_ratio_embedder.linear_1",
-    "ar_embedder.mlp.2": "adaln_single.emb.aspect_ratio_embedder.linear_2",
-}
-BLOCK = {  # in each block; several names: the rows are split
-    "scale_shift_table": "scale_shift_table",
-    "attn.qkv": "attn1.to_q attn1.to_k attn1.to_v",
-    "attn.proj": "attn1.to_out.0",
-    "cross_attn.q_linear": "attn2.to_q",
-    "cross_attn.kv_linear": "attn2.to_k attn2.to_v",
-    "cross_attn.proj": "attn2.to_out.0",
-    "mlp.fc1": "ff.net.0.proj",
-    "mlp.fc2": "ff.net.2",
-}
-DROPPED = (  # replaced, or computed, here
-    "y_embedder.y_embedding",  # the null caption; diffusers takes that of ""
-    "u",  # the noise levels, in SIM's wrapper
-)
-PREFIX = re.compile(r"(?:(?:module|model|base_model|_orig_mod)\.)*")  # of what a network was wrapped in
-NAME = re.compile(r"(?:blocks\.(?P<block>\d+)\.)?(?P<layer>.+?)(?P<kind>\.weight|\.bias)?")
-
-
-def from_original(weights, heads=None, like=None):
-    """PixArt's {name: tensor} -> (config, diffusers' {name: tensor})."""
-    plain = {PREFIX.sub("", name, count=1): value for name, value in weights.items()}
-    if len(plain) < len(weights):
-        raise UserError("a tensor occurs twice, with and without a prefix")
-    converted, unknown = {}, []
-    for name, tensor in plain.items():
-        found = NAME.fullmatch(name)
-        names = found and (BLOCK if found["block"] else TOP).get(found["layer"])
-        if names:
-            prefix = f"transformer_blocks.{found['block']}." if found["block"] else ""
-            targets = [f"{prefix}{target}{found['kind'] or ''}" for target in names.split()]
-            converted |= zip(targets, tensor.chunk(len(targets)), strict=True)
-        elif name not in DROPPED:
-            unknown.append(name)
-    if unknown:
-        raise UserError(f"not in PixArt's naming: unknown {some(unknown)}")
-    config = infer_config(plain, heads, like)
-    if config["use_additional_conditions"]:  # it uses no table, but computes one for each size of image
-        converted.pop(POSITIONS, None)
-    return config, converted
-
-
-def infer_config(weights, heads=None, like=None):
-    """The arguments of PixArtTransformer2DModel, from the shapes under PixArt's names."""
-    needed = ("x_embedder.proj.weight", "y_embedder.y_proj.fc1.weight", "final_layer.linear.weight")
-    if missing := [name for name in needed if name not in weights]:
-        raise UserError(f"not in PixArt's naming: missing {some(missing)}")
-    (width, channels, patch, _), (_, caption), (out, _) = (weights[name].shape for name in needed)
-    heads = heads or heads_of(like, width) or (16 if width == 1152 else None)
-    if not heads or width % heads:
-        words = "the number of heads must be given, or a pipeline with a transformer as wide"
-        raise UserError(f"width {width}, not XL's 1,152: {words}; got {heads}")
-    large = "csize_embedder.mlp.0.weight" in weights  # 1,024 pixels
-    positions = weights["pos_embed"].shape[1] if "pos_embed" in weights else 32**2
-    return dict(
-        num_attention_heads=heads, attention_head_dim=width // heads, cross_attention_dim=width,
-        in_channels=channels, out_channels=out // patch**2, patch_size=patch, caption_channels=caption,
-        num_layers=len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
-        sample_size=128 if large else math.isqrt(positions) * patch,
-        interpolation_scale=2 if large else 1, use_additional_conditions=large,
-    )  # fmt: skip
-
-
-def heads_of(folder, width):
-    """Attention heads of a pipeline's transformer, if there is one here of this width."""
-    path = Path(folder or "", "transformer", "config.json")
-    if folder is None or not path.exists():
-        return None
-    with naming(path):
-        config = json.loads(path.read_text())
-        heads, size = config["num_attention_heads"], config["attention_head_dim"]
-    return heads if heads * size == width else None
 
 
 # ----------------------------------------------------------------------------------------------
@@ -258,12 +164,6 @@ def check_positions(table, computed):
         raise UserError(f"its pos_embed differs from the one that the network computes by up to {error:.3g}")
 
 
-def some(names):
-    """Words for a list of tensors: how many, and the first few."""
-    listed = ", ".join(name[:100] for name in names[:3])
-    return f"tensor{'s'[: len(names) > 1]} {listed}" + (f" and {len(names) - 3} more" if names[3:] else "")
-
-
 # ----------------------------------------------------------------------------------------------
 # Writing.
 
@@ -308,19 +208,12 @@ lower-cases prompts.
 """
 
 
-def export_pipeline(student, teacher, out, sigma_init=None):
+def write_pipeline(transformer, sigma_init, teacher, out):
     """Write a folder for diffusers' PixArtAlphaPipeline, whose single step is the generator's.
 
-    student: as for `load_transformer`; sigma_init: if it does not note one.  teacher: a pipeline; its
-    tokenizer, text encoder and VAE are linked or, across disks, copied.  out: must not exist.
-    Raises UserError.
+    teacher: a pipeline; its tokenizer, text encoder and VAE are linked or, across disks, copied.  out: must
+    not exist.  Raises UserError.
     """
-    transformer, about = load_transformer(student, like=teacher)
-    write_pipeline(transformer, sigma_init_of(student, about, sigma_init), teacher, out)
-
-
-def write_pipeline(transformer, sigma_init, teacher, out):
-    """`export_pipeline` of a transformer in memory."""
     out = Path(out)
     if out.exists():
         raise UserError(f"{out}: exists already, and nothing is overwritten")
