@@ -107,7 +107,7 @@ class Distance:
 class SquaredL2(Distance):
     """d = ||y||^2,  d' = 2y."""
 
-    def row(self, y):
+    def row(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return _dot(y, y), 2 * y
 
 
@@ -117,7 +117,7 @@ class Power(Distance):
 
     alpha: int = 4
 
-    def row(self, y):
+    def row(self, y: Tensor) -> tuple[Tensor, Tensor]:
         power = y ** (self.alpha - 1)
         return _dot(power, y), self.alpha * power
 
@@ -131,7 +131,7 @@ class Exp(Distance):
     alpha: int = 2
     beta: float = 0.3
 
-    def row(self, y):
+    def row(self, y: Tensor) -> tuple[Tensor, Tensor]:
         power, slope = Power.row(self, y)
         growth = self.beta * torch.exp(self.beta * power)
         return torch.expm1(self.beta * power), _expand(growth, y) * slope
@@ -141,7 +141,7 @@ class Exp(Distance):
 class L1(Distance):
     """d = ||y||_1,  d' = sign(y).  Its jump biases `sim_loss`: see `density_loss`."""
 
-    def row(self, y):
+    def row(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return _dot(y, y.sign()), y.sign()
 
 
@@ -151,7 +151,7 @@ class Huber(Distance):
 
     delta: float = 0.5
 
-    def row(self, y):
+    def row(self, y: Tensor) -> tuple[Tensor, Tensor]:
         clipped = y.clamp(-self.delta, self.delta)
         return _dot(clipped, y - clipped / 2), clipped
 
@@ -164,7 +164,7 @@ class PseudoHuber(Distance):
 
     c: float = 0.1
 
-    def row(self, y):
+    def row(self, y: Tensor) -> tuple[Tensor, Tensor]:
         peak = _flat(y.detach().abs()).amax(1)
         scale = torch.where(peak > 1e15, peak, 1.0)  # so that no square overflows
         floor = max(self.c**2, torch.finfo(y.dtype).tiny)  # c^2; at 0 the root has no derivative
