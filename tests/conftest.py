@@ -18,19 +18,6 @@ IMAGE_TESTS = [
 collect_ignore = [] if all(map(find_spec, NEEDED)) else IMAGE_TESTS
 
 
-def pytest_addoption(parser):
-    parser.addoption("--device", default="cpu", help="torch's default device: cpu, cuda, mps (default cpu)")
-    parser.addoption("--dtype", default="float32", help="torch's default type (default float32)")
-
-
-def pytest_configure(config):
-    import torch
-
-    torch.set_default_dtype(getattr(torch, config.getoption("dtype")))
-    if config.getoption("device") != "cpu":
-        torch.set_default_device(config.getoption("device"))
-
-
 def pytest_terminal_summary(terminalreporter):
     if collect_ignore:
         terminalreporter.write_line(
