@@ -21,7 +21,7 @@ from torch import nn
 from edm.checkpoints import main
 from edm.config import UserError
 from edm.files import replacing
-from edm.images import checkpoints
+from edm.images import edm_pickle
 from edm.images.checkpoints import load, save
 from edm.images.edm_pickle import read_pickle, read_storage
 from edm.images.networks import ARCHITECTURES, EDMPrecond
@@ -149,7 +149,7 @@ def test_nothing_is_executed_within_a_storage(content, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     content, network = content
     bias = network.model.map_layer0.bias.detach()
-    start = len(checkpoints.CONSTANT) + 2
+    start = len(edm_pickle.CONSTANT) + 2
     call = pickle.dumps(evil(), protocol=2)[2:-1] + pickle.POP
     data = storage_bytes(bias)
     load_from_bytes = torch.storage._load_from_bytes
@@ -320,7 +320,7 @@ def test_original_pickle():
 )  # the rounding: of the file, of the reader
 def test_snapshots_of_other_precisions(name, largest, tmp_path, capsys):
     """One network, written in three precisions: float32's copy of each, told in one line."""
-    checkpoints.tell.cache_clear()
+    edm_pickle.tell.cache_clear()
     path = reference(f"snapshot_{name}.pkl")
     for _ in range(2):
         network, about = load(path)
