@@ -7,7 +7,7 @@ import torch
 
 import sim_core as sim
 from edm.config import surrogate
-from edm.training.trainee import Batches, MovingAverage, Trainee, generator_of, shard
+from edm.training.trainee import Batches, MovingAverage, Trainee, generator_of, schedule, shard
 
 SIGMA_BINS = (0.2, 1.0, 4.0)  # edges of the bins of the log, in units of sigma_data
 
@@ -24,12 +24,13 @@ class Distiller:
     def __init__(self, cfg, accelerator, teacher, fake, generator, condition):
         self.cfg, self.accelerator, self.device = cfg, accelerator, accelerator.device
         self.shape, self.sigma_data, self.condition = fake.shape, fake.sigma_data, condition
-        self.teacher = shard(teacher.requires_grad_(False), cfg)
-        self.fake = Trainee(accelerator, fake, cfg, cfg.fake_lr)
+        betas, sharded = (cfg.beta1, cfg.beta2), cfg.sharded
+        self.teacher = shard(teacher.requires_grad_(False), sharded)
+        self.fake = Trainee(accelerator, fake, schedule(cfg, cfg.fake_lr), betas, sharded)
         average = copy.deepcopy(generator)  # before it is sharded
-        self.generator = Trainee(accelerator, generator, cfg, cfg.lr)
-        self.ema = MovingAverage(generator, average, cfg)
-        self.batches, self.loss = Batches(cfg, accelerator), surrogate(cfg)
+        self.generator = Trainee(accelerator, generator, schedule(cfg, cfg.lr), betas, sharded)
+        self.ema = MovingAverage(generator, average, cfg.ema_halflife, cfg.ema_rampup, sharded)
+        self.batches, self.loss = Batches(accelerator, cfg.batch, cfg.micro_batch), surrogate(cfg)
         self.bins = [edge * self.sigma_data for edge in SIGMA_BINS]
         self.edges = torch.tensor(self.bins, device=self.device, dtype=torch.float32)
         self.gaps = self.edges.new_zeros(2, len(self.bins) + 1)  # sums and counts by sigma
@@ -92,7 +93,7 @@ class Distiller:
             if not (share and self.batches.count == 1):  # as many forwards again; the same images if shared
                 draw, images = (draw if share else self.draw(n, self.cfg.fake_updates)), None
             numbers["surrogate"], numbers["generator_gradient"] = self.update_generator(draw, images, seen)
-            self.ema.update((n + 1 - self.cfg.warmup) * self.cfg.batch)
+            self.ema.update((n + 1 - self.cfg.warmup) * self.cfg.batch, self.cfg.batch)
         else:
             numbers["surrogate"] = numbers["generator_gradient"] = torch.zeros_like(fake_loss)
         levels = torch.cat([*levels, draw["levels"]])  # a NaN among them is found where the log is

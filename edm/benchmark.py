@@ -5,7 +5,7 @@
     python edm/benchmark.py --batch 128        # on a GPU: images/s, share of its peak, memory
 
 plain     float32, contiguous layout, a generator forward for each of the two updates, Adam in loops
-float32   edm/trainer.py: channels last, one shared generator forward, fused Adam
+float32   edm/distill.py: channels last, one shared generator forward, fused Adam
 bf16      the same in bf16; compiled: with torch.compile
 bound     the step's floating-point operations (ours) over this machine's measured bf16 matmul rate
 

@@ -129,6 +129,10 @@ class Training:
     every: int = option(20_000, "images between two checkpoints, with sample grids")
     keep: int = option(2, "checkpoints to keep")
 
+    @property
+    def sharded(self):
+        return getattr(self, "sharding", "ddp") == "fsdp"
+
 
 @dataclass(frozen=True)
 class TeacherTraining(Training):
@@ -190,9 +194,9 @@ class TextDistillation(Algorithm2):
     captions: str = option(None, "FILE.safetensors of `prompts.py encode`: features made beforehand")
     guidance: float = option(1.0, "classifier-free guidance of the teacher; 1: none")
     fake_guidance: float = option(1.0, "the same of the online network, in the generator's update")
-    checkpointing: bool = option(False, "gradient checkpointing: activations made again, for memory")
     sharding: str = option("ddp", "over processes: whole copies, or for big networks shares (fsdp)",
                            ("ddp", "fsdp"))  # fmt: skip
+    checkpointing: bool = option(False, "gradient checkpointing: activations made again, for memory")
     samples: int = option(1000, "samples of metrics.json, where a classifier can read them")
 
 

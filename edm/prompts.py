@@ -31,23 +31,7 @@ from tqdm import tqdm
 
 from edm.config import Parser, UserError
 from edm.files import naming
-from edm.text.prompts import DTYPES, MAX_TOKENS, SOURCE, TextEncoder, exists_here, header, read_prompts
-
-# ----------------------------------------------------------------------------------------------
-# Files of prompts.
-
-
-# ----------------------------------------------------------------------------------------------
-# Prompts -> features.
-
-
-# ----------------------------------------------------------------------------------------------
-# Features on disk: safetensors with "offsets" (N + 2,) and "features" (tokens, width).  The first
-# caption is "", that of prompt i is features[offsets[i + 1] : offsets[i + 2]].
-
-
-# ----------------------------------------------------------------------------------------------
-# Command line.
+from edm.text.prompts import DTYPES, MAX_TOKENS, SOURCE, TextEncoder, exists_here, header, quiet, read_prompts
 
 
 @contextmanager
@@ -113,10 +97,7 @@ def fetch(args, file):
 
 def encode(args, file):
     prompts = read_prompts(args.prompts)
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # what it warns of is an error here, in our own words
-    logging.disable_progress_bar()
+    quiet()
     dtype, device = DTYPES[args.dtype][1], "cuda" if torch.cuda.is_available() else "cpu"
     encoder = TextEncoder(args.text_encoder, device, dtype)
     texts, lengths = ["", *prompts], []

@@ -64,14 +64,6 @@ class Settings:
     precision: str = option("fp32", "of the transformers and the text encoder", ("fp32", "bf16"))
 
 
-# ----------------------------------------------------------------------------------------------
-# Sampling.  sample(z, caption, mask) -> latents like z.
-
-
-# ----------------------------------------------------------------------------------------------
-# What is written.
-
-
 def sheet(rows):
     """[(words, images (N, C, H, W) uint8)] -> a picture, the words above each row."""
     font = ImageFont.truetype(findfont("DejaVu Sans"), 14)

@@ -12,14 +12,7 @@ from hypothesis import strategies as st
 
 import sim_core as sim
 
-SMOOTH = [
-    sim.SquaredL2(),
-    sim.Power(4),
-    sim.Power(6),
-    sim.Exp(2, 0.3),
-    sim.Exp(4, 0.05),
-    sim.PseudoHuber(0.3),
-]
+SMOOTH = [sim.SquaredL2(), *map(sim.Power, (4, 6)), sim.Exp(2, 0.3), sim.Exp(4, 0.05), sim.PseudoHuber(0.3)]
 KINKED = [sim.L1(), sim.Huber(0.5)]
 shapes = st.tuples(st.integers(1, 4), st.lists(st.integers(1, 4), max_size=3)).map(lambda s: (s[0], *s[1]))
 
@@ -247,10 +240,8 @@ def test_gradient_of_the_generator_loss_on_gaussians(form):
     s, rng = v + sigma**2, torch.Generator().manual_seed(0)
     mean = torch.tensor(m, dtype=torch.float64, requires_grad=True)
     x0 = mean + math.sqrt(v) * torch.randn(n, 1, generator=rng, dtype=torch.float64)
-    noise, sigmas = (
-        torch.randn(n, 1, generator=rng, dtype=torch.float64),
-        torch.full((n,), sigma, dtype=torch.float64),
-    )
+    noise = torch.randn(n, 1, generator=rng, dtype=torch.float64)
+    sigmas = torch.full((n,), sigma, dtype=torch.float64)
 
     def denoiser(centre):
         return lambda xt, sigma: xt + sigma[:, None] ** 2 * (centre - xt) / s
@@ -265,9 +256,8 @@ def test_gradient_flows_through_xt_and_both_networks():
     scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     sim.generator_loss(affine(scale, 0.1), affine(0.5, -0.2), x0, sigma, noise, "l2").sum().backward()
     assert scale.grad.abs() > 0, "the core freezes nothing by itself"
-    assert not sim.density_loss(
-        affine(scale, 0.1), affine(scale, 0), x0.detach(), sigma, noise, "l2"
-    ).requires_grad
+    networks = affine(scale, 0.1), affine(scale, 0)
+    assert not sim.density_loss(*networks, x0.detach(), sigma, noise, "l2").requires_grad
     full = x0.grad.clone()
     # by hand: y = (0.5 - 0.7) xt - 0.3 s, residual = -0.5 x0 + 0.5 s n - 0.2 s; dy/dx0 = -0.2, dr/dx0 = -0.5
     s, xt = sigma[:, None], (x0 + sigma[:, None] * noise).detach()
@@ -279,9 +269,8 @@ def test_fake_loss_never_reaches_the_generator():
     x0, sigma, noise = batch(6, 2)
     scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     loss = sim.fake_loss(affine(scale, 0.1), x0, sigma, noise, sim.edm_weight(sigma))
-    expected = sim.edm_weight(sigma) * (
-        0.7 * (x0 + sigma[:, None] * noise) + 0.1 * sigma[:, None] - x0
-    ).square().sum(1)
+    error = 0.7 * (x0 + sigma[:, None] * noise) + 0.1 * sigma[:, None] - x0
+    expected = sim.edm_weight(sigma) * error.square().sum(1)
     assert (loss - expected).abs().max() < 1e-12
     loss.sum().backward()
     assert x0.grad is None and scale.grad.abs() > 0
@@ -289,11 +278,8 @@ def test_fake_loss_never_reaches_the_generator():
 
 def test_denoising_loss_is_least_at_the_true_denoiser():
     """For x0 ~ N(0, 1) the best linear denoiser is xt / (1 + sigma^2) (B.2, B.3)."""
-    x0, noise, sigma = (
-        randn(100_000, 1),
-        randn(100_000, 1, seed=1),
-        torch.full((100_000,), 0.7, dtype=torch.float64),
-    )
+    x0, noise = (randn(100_000, 1, seed=seed) for seed in (0, 1))
+    sigma = torch.full((100_000,), 0.7, dtype=torch.float64)
     scale = torch.tensor(1 / 1.49, dtype=torch.float64, requires_grad=True)
     (grad,) = torch.autograd.grad(sim.fake_loss(lambda x, s: scale * x, x0, sigma, noise).mean(), scale)
     assert abs(grad) < 0.02
@@ -344,11 +330,8 @@ def test_dtype_follows_the_inputs(name, dtype):
 
 def test_empty_and_one_dimensional_batches():
     for shape in ((0, 3), (4,)):
-        x0, sigma, noise = batch(*shape)
-        assert (
-            sim.generator_loss(affine(0.7, 0.1), affine(0.5, 0.1), x0, sigma, noise, "pseudo_huber").shape
-            == shape[:1]
-        )
+        loss = sim.generator_loss(affine(0.7, 0.1), affine(0.5, 0.1), *batch(*shape), "pseudo_huber")
+        assert loss.shape == shape[:1]
 
 
 @pytest.mark.parametrize("name", sim.DISTANCES)
@@ -472,24 +455,20 @@ def test_levels_weights_and_scores_in_half_precision(dtype):
     for weight in (sim.edm_weight, partial(sim.sid_weight, x0, teacher)):
         exact = weight(sigma.double())
         assert ((weight(sigma) - exact) / exact).abs().max() < 1e-2 and weight(sigma).isfinite().all()
-    xt, exact = (
-        sim.add_noise(x0, sigma, teacher),
-        sim.score_from_denoised(x0.double(), x0.double() + 1e-4, sigma),
-    )
+    xt = sim.add_noise(x0, sigma, teacher)
+    exact = sim.score_from_denoised(x0.double(), x0.double() + 1e-4, sigma)
     assert xt.isfinite().all() and exact[0, 0].item() == pytest.approx(-1e4, rel=0.01)
     near = torch.zeros(5, 12, dtype=dtype), torch.full((5, 12), 1e-4, dtype=dtype)
     assert sim.score_from_denoised(*near, sigma)[0, 0].item() == pytest.approx(-1e4, rel=0.01)
     loss = sim.denoising_loss(x0, (x0.double() + 1e-3).to(dtype), sim.edm_weight(sigma))
     assert loss.dtype == dtype and loss.isfinite().all()
     for name, draw in sim.SIGMA_DISTRIBUTIONS.items():
-        found, exact = (
-            draw(20_000, generator=torch.Generator().manual_seed(0), dtype=d) for d in (dtype, None)
-        )
+        seeded = lambda: torch.Generator().manual_seed(0)
+        found, exact = (draw(20_000, generator=seeded(), dtype=d) for d in (dtype, None))
         normal = exact > torch.finfo(dtype).tiny
         assert found.dtype == dtype and (found > 0).all() and found.isfinite().all(), name
-        assert ((found - exact) / exact)[normal].abs().max() < torch.finfo(dtype).eps, (
-            "the same draws, rounded"
-        )
+        gap = ((found - exact) / exact)[normal].abs().max()
+        assert gap < torch.finfo(dtype).eps, "the same draws, rounded"
     extreme = torch.cat([sim.lognormal_sigma(99, mean, 1.0, dtype=dtype) for mean in (-150.0, 150.0)])
     assert (extreme > 0).all() and extreme.isfinite().all()
 

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from edm import distill, distill_pixart, prompts, sample, sample_pixart
-from edm.config import PRESETS, TEXT_PRESETS, Distillation, TextDistillation
+from edm.config import PRESETS, TEACHERS, Distillation, TextDistillation
 from edm.images.data import Images, load_images
 from edm.images.networks import EDMPrecond
 from edm.images.sampler import fixed_latents, latents
@@ -94,8 +94,8 @@ def untrained(images):
 def test_float64_by_default_changes_nothing(work, tmp_path, monkeypatch):
     quick(monkeypatch.setattr)
     monkeypatch.setitem(PRESETS["digits"], "network", UNET)
-    monkeypatch.setitem(PRESETS["digits"], "teacher", dict(steps=3, batch=8, flip=True))
-    monkeypatch.setitem(TEXT_PRESETS["pixart-digits"], "teacher", dict(steps=2, batch=8, vae_steps=2))
+    monkeypatch.setitem(TEACHERS, "digits", dict(data="digits", steps=3, batch=8, flip=True))
+    monkeypatch.setitem(TEACHERS, "pixart-digits", dict(steps=2, batch=8, vae_steps=2))
     if work in (digits, text):  # its training is in `parts`
         monkeypatch.setattr(metrics, "train_classifier", untrained)
     results = []

@@ -78,7 +78,7 @@ def audit(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *how, **more: contextlib.nullcontext())
     monkeypatch.setattr(torch.optim, "Adam", lambda *given, fused, **more: Adam(*given, **more))
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "meta")
-    for module in ("edm.trainer", "edm.train_teacher"):
+    for module in ("edm.algorithm2", "edm.training.denoising"):
         monkeypatch.setattr(f"{module}.generator_of", lambda *numbers: torch.Generator().manual_seed(0))
     draw = lambda name: lambda n, generator=None, dtype=None: name(n, device="meta", dtype=dtype)
     levels = {k: draw(v) for k, v in sim.SIGMA_DISTRIBUTIONS.items()}

@@ -161,7 +161,7 @@ def test_each_update_moves_its_own_network(micro_batch):
 def test_micro_batch_must_divide_the_share():
     with pytest.raises(UserError, match="--micro-batch 3 does not divide 8"):
         task_of(micro_batch=3)
-    assert Batches(config(micro_batch=100), SimpleNamespace(num_processes=2, process_index=1)).micro == 4
+    assert Batches(SimpleNamespace(num_processes=2, process_index=1), config().batch, 100).micro == 4
 
 
 def test_draws_depend_on_seed_step_and_update_alone():
@@ -182,7 +182,7 @@ def test_draws_depend_on_seed_step_and_update_alone():
         assert not any(torch.equal(whole[k], v) for k, v in drawn(*other).items())
     shares = []
     for rank in (0, 1):
-        task.batches = Batches(config(micro_batch=2), SimpleNamespace(num_processes=2, process_index=rank))
+        task.batches = Batches(SimpleNamespace(num_processes=2, process_index=rank), config().batch, 2)
         shares.append(drawn(3, 0))
     assert all(torch.equal(whole[k], torch.cat([s[k] for s in shares])) for k in whole)
     task = task_of(seed=1)
@@ -428,12 +428,12 @@ def test_a_run_leaves_what_it_promises(whole):
 
 
 def test_a_teacher_is_trained_if_none_is_given(here, monkeypatch, tmp_path):
-    trained = dict(network=UNET, teacher=dict(steps=3, batch=8, lr=0.01, every=16))
-    monkeypatch.setitem(PRESETS, "digits", PRESETS["digits"] | trained)
-    monkeypatch.setitem(TEACHERS, "digits", trained["teacher"])
+    trained = dict(steps=3, batch=8, lr=0.01, every=16)
+    monkeypatch.setitem(PRESETS["digits"], "network", UNET)
+    monkeypatch.setitem(TEACHERS, "digits", trained)
     monkeypatch.setattr(distill, "compare", lambda *args: {})
     assert run(out=tmp_path / "run", teacher="", data="digits") == 0
-    cfg, data = TeacherTraining(device="cpu", threads=1, **trained["teacher"]), load_images("digits")
+    cfg, data = TeacherTraining(device="cpu", threads=1, **trained), load_images("digits")
     torch.manual_seed(0)
     accelerator, net = make_accelerator(cfg), EDMPrecond(**UNET).to(memory_format=torch.channels_last)
     examples = train_teacher.image_examples(cfg, accelerator.device, net, data)
@@ -670,7 +670,7 @@ def test_a_stopped_run_keeps_its_best_and_takes_other_samples(pixels, tmp_path, 
 
 def test_data_of_its_own_teacher_are_not_exchanged(here, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(PRESETS["digits"], "network", UNET)
-    monkeypatch.setitem(PRESETS["digits"], "teacher", dict(steps=2, batch=8, lr=1e-3, every=16))
+    monkeypatch.setitem(TEACHERS, "digits", dict(steps=2, batch=8, lr=1e-3, every=16))
     monkeypatch.setattr(distill, "compare", lambda *given: {})
     assert run(out=tmp_path / "run", teacher="", data="digits", steps=1) == 0
     (tmp_path / "other").mkdir()
@@ -810,7 +810,7 @@ for n in range(3):
 weights = [t.flat(made.network) for made in (task.fake, task.generator, task.ema)]
 torch.save((found, weights), f"rank{task.accelerator.process_index}.pt")
 t.quick()
-t.evaluate.classifier_features = lambda data, cache: t.Pixels()
+t.judge.classifier_features = lambda data, cache: t.Pixels()
 sys.exit(t.run(out="two", teacher=sys.argv[1], **t.SCORED | dict(steps=3, samples=65)))
 """
 ACCUMULATIONS = [(0, True), (2, True), (1, False)]
@@ -830,8 +830,8 @@ def quick(patch=setattr):
 def shrink():
     """The digits preset, with a small teacher, trained briefly."""
     quick()
-    preset = dict(network=UNET, teacher=dict(steps=6, batch=8, lr=1e-3, every=16))
-    PRESETS["digits"].update(preset)
+    PRESETS["digits"]["network"] = UNET
+    TEACHERS["digits"] = dict(steps=6, batch=8, lr=1e-3, every=16)
     distill.compare = lambda *args: {}
 
 
@@ -893,7 +893,7 @@ def dying(*names):  # the moments in which a file takes its name
 os.replace = dying
 t.shrink()
 print("ready", flush=True)
-t.evaluate.classifier_features = lambda data, cache: t.Pixels()
+t.judge.classifier_features = lambda data, cache: t.Pixels()
 sys.exit(t.run("--resume", out=sys.argv[1], teacher="", data="digits", steps=12, evaluate_every=16))
 """
 

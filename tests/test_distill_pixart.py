@@ -75,11 +75,10 @@ def whole_tensor(t):
 
 def task_of(pipeline, dtype=torch.float64, **changes):
     """A TextDistiller of three different networks.  task.gradients: those of its last updates, flat."""
-    cfg = config(**changes)
-    accelerator = make_accelerator(cfg)
-    parts = distill_pixart.Parts(cfg, str(pipeline), accelerator.device)
+    cfg = config(teacher=str(pipeline), **changes)
+    parts = distill_pixart.Prompts(cfg, make_accelerator(cfg))
     parts.transformer.to(dtype)
-    task = distill_pixart.build(cfg, accelerator, parts)
+    task = parts.build()
     torch.manual_seed(1)
     for trainee in (task.fake, task.generator):
         for p in trainee.network.parameters():

@@ -17,7 +17,7 @@ from torch import nn
 
 from edm import evaluate
 from edm.config import UserError, command_line
-from edm.images import checkpoints
+from edm.images import checkpoints, sampler
 from edm.images.data import Images, load_images
 from edm.images.networks import EDMPrecond
 from edm.quality import metrics
@@ -497,9 +497,9 @@ def test_reference_of_wrong_size(files, inception_file, capsys):
 
 
 def test_fewer_images_than_asked_for(files, classifier_file, capsys, monkeypatch):
-    whole = evaluate.sample_batches
+    whole = sampler.sample_batches
     monkeypatch.setattr(
-        evaluate, "sample_batches", lambda a, b, seeds, *c, **d: whole(a, b, seeds[:-3], *c, **d)
+        "edm.quality.judge.sample_batches", lambda a, b, seeds, *c, **d: whole(a, b, seeds[:-3], *c, **d)
     )
     assert run(classifier=classifier_file) == 2
     assert "asked for 30 images of the student, got 27" in capsys.readouterr().err

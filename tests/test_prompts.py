@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from edm import prompts as module
 from edm.config import UserError
-from edm.text.prompts import CaptionFile, TextEncoder, encode_by_index, read_prompts
+from edm.text.prompts import CaptionFile, TextEncoder, digest, encode_by_index, pad, read_prompts
 
 SCRIPT = str(Path(module.__file__))
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -334,7 +334,7 @@ def test_the_file_is_ordinary_safetensors(files):
 
 def test_what_does_not_belong_together_is_refused(files, encoder):
     captions = CaptionFile(files["fp32"])
-    assert captions.prompts_digest == module.digest(PROMPTS)
+    assert captions.prompts_digest == digest(PROMPTS)
     fails("not made of these 7 prompts", encode_by_index, PROMPTS[::-1], captions, 32)
     fails("not made of these 6 prompts", encode_by_index, PROMPTS[1:], captions, 32)
     for source in captions, encoder:
@@ -475,9 +475,7 @@ def test_faulty_encodings_are_refused(pipeline, files, tmp_path, monkeypatch, ca
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
     refuses(r"needs 4\.\d+e-06 GB, but 1e-06 GB are free", prompts, out, *how)
     monkeypatch.undo()
-    monkeypatch.setattr(
-        TextEncoder, "__call__", lambda self, texts: module.pad([torch.full((1, 32), torch.nan)])
-    )
+    monkeypatch.setattr(TextEncoder, "__call__", lambda self, texts: pad([torch.full((1, 32), torch.nan)]))
     refuses("not all of its output is finite", prompts, out, *how)
     assert not out.exists()
 

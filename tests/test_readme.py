@@ -57,9 +57,9 @@ def test_links_lead_somewhere():
     named = [
         (page, ROOT / path, "")
         for page, text in PAGES.items()
-        for path in re.findall(r"`((?:toy|edm|tests)/[\w.]*)`", text)
+        for path in re.findall(r"`((?:toy|edm|tests)/[\w./]*)`", text)
     ]
-    assert len(LINKS) > 100 and len(named) > 50
+    assert len(LINKS) > 100 and len(named) > 40
     for page, file, anchor in LINKS + named:
         assert file.exists(), (page, file)
         if anchor and not re.fullmatch(r"L\d+", anchor):  # lines have a test of their own

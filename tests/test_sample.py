@@ -148,7 +148,7 @@ def test_images_are_those_of_the_network_called_directly(about):
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("about", [{"sigma_init": 2.5}, {}], ids=["one step", "heun"])
 def test_float_images_depend_on_neither_batch_nor_company(about, autocast, monkeypatch):
-    monkeypatch.setattr(sample, "to_uint8", lambda x: x)  # the bits before they are rounded off
+    monkeypatch.setattr("edm.images.sampler.to_uint8", lambda x: x)  # the bits before they are rounded off
     network, seeds = tiny(img_channels=3), list(range(21))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         images, _ = drawn(network, about, seeds, 64)
@@ -377,7 +377,7 @@ def test_wrong_inputs_end_with_code_2_and_one_line(files, capsys, case):
 
 
 def test_seeds_are_counted_over_all_ranges(monkeypatch):
-    monkeypatch.setattr(sample, "MAX_SEEDS", 10)
+    monkeypatch.setattr("edm.images.sampler.MAX_SEEDS", 10)
     assert sample.parse_seeds("0-4, 7-10,5") == [0, 1, 2, 3, 4, 7, 8, 9, 10, 5]
     with pytest.raises(UserError, match="more than 10 images"):
         sample.parse_seeds("0-4,7-10,5,6")

@@ -20,6 +20,7 @@ from edm.config import UserError, command_line
 from edm.images.data import to_uint8
 from edm.images.networks import Generator
 from edm.images.sampler import latents
+from edm.text import sampler
 from edm.text.pixart import PixArtDenoiser
 from edm.text.pixart_files import load_transformer, save_student
 from edm.text.prompts import TextEncoder
@@ -142,12 +143,12 @@ class VAE:
 
 
 def test_draw_fills_calls_up_and_hands_over_each_pair(monkeypatch):
-    monkeypatch.setattr(sample_pixart, "to_uint8", lambda x: x)
+    monkeypatch.setattr(sampler, "to_uint8", lambda x: x)
     calls = []
     encode = lambda prompts: (torch.tensor([[float(len(p))] for p in prompts]), torch.ones(len(prompts), 1))
-    sampler = lambda z, caption, mask: calls.append(len(z)) or z + caption[:, :, None, None]
+    sample = lambda z, caption, mask: calls.append(len(z)) or z + caption[:, :, None, None]
     pairs = [((i, "x" * (i + 1)), seed) for i in range(3) for seed in (5, 6, 9)]
-    parts = list(sample_pixart.draw({"s": sampler}, encode, VAE(), (1, 2, 2), pairs, 4))
+    parts = list(sample_pixart.draw({"s": sample}, encode, VAE(), (1, 2, 2), pairs, 4))
     assert calls == [4, 4, 4] and [len(some) for _, some, _, _ in parts] == [4, 4, 1]
     for (number, _), seed, image in [(*p, x) for _, some, images, _ in parts for p, x in zip(some, images)]:
         assert torch.equal(image, latents([seed], (1, 2, 2))[0][0] + number + 1)
@@ -155,8 +156,8 @@ def test_draw_fills_calls_up_and_hands_over_each_pair(monkeypatch):
 
 def test_nan_is_an_error_that_names_the_seed():
     encode = lambda prompts: (torch.zeros(len(prompts), 1), torch.zeros(len(prompts), 1))
-    sampler = lambda z, caption, mask: z * float("nan")
-    found = sample_pixart.draw({"s": sampler}, encode, VAE(), (1, 2, 2), [((0, "a"), 7)], 2)
+    sample = lambda z, caption, mask: z * float("nan")
+    found = sample_pixart.draw({"s": sample}, encode, VAE(), (1, 2, 2), [((0, "a"), 7)], 2)
     with pytest.raises(UserError, match="s, seed 7 and on: the images contain NaN"):
         next(found)
 
@@ -171,8 +172,8 @@ def test_sheet_has_the_words_above_each_row(folder, here):
     assert a.shape == b.shape and rows.size and rows.max() < 22
     assert (a[22 + 4 : 22 + 68, 4:68] == (255, 0, 0)).all() and (a[-68:-4, 4:68] == 0).all()
     assert a.shape[0] > 2 * (64 + 8) + 22 + 40  # the long words take more than one line
-    names = [text.split()[1] for text in sample_pixart.FIGURE3]
-    assert names == ["small", "image", "playing"] and "Fabergé" in sample_pixart.FIGURE3[1]
+    names = [text.split()[1] for text in sampler.FIGURE3]
+    assert names == ["small", "image", "playing"] and "Fabergé" in sampler.FIGURE3[1]
     assert len([*here.rglob("*")]) == 2
 
 

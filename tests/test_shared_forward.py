@@ -38,8 +38,8 @@ def distiller(seed, steps=500):
         net.load_state_dict(nets[0].state_dict())
     rates = dict(lr=2e-3, fake_lr=RATES["adam"], beta2=0.999, warmup=200)
     cfg = Distillation(seed=seed, device="cpu", threads=1, steps=steps + 1, batch=256, **rates)
-    students = nets[1], Generator(nets[2]), Generator(nets[3])
-    task = Distiller(cfg, make_accelerator(cfg), nets[0], *students, (2,), lambda *_: {}, std)
+    nets[1].shape = (2,)
+    task = Distiller(cfg, make_accelerator(cfg), nets[0], nets[1], Generator(nets[2]), lambda *_: {})
     for n in range(steps):
         task.step(n)
     return task
@@ -51,7 +51,7 @@ class Bench:
     def __init__(self, task, batch, rate, adam, total=TOTAL):
         self.task, self.rate, self.adam, self.count = task, rate, adam, total // batch
         task.cfg = dataclasses.replace(task.cfg, batch=total)
-        task.batches = Batches(task.cfg, task.accelerator)
+        task.batches = Batches(task.accelerator, task.cfg.batch, task.cfg.micro_batch)
         self.psi = {k: p.detach() for k, p in task.fake.network.named_parameters()}
         self.theta = [*task.generator.network.parameters()]
 

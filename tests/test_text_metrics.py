@@ -325,8 +325,8 @@ def test_speed_is_of_all_calls_but_the_first(folder, here, monkeypatch):
         for name, pairs, images, _ in whole(*arguments):
             yield name, pairs, images, next(seconds)
 
-    whole = sample_pixart.draw
-    monkeypatch.setattr(sample_pixart, "draw", draw)
+    whole = evaluate.draw
+    monkeypatch.setattr(evaluate, "draw", draw)
     assert run(folder) == 0
     numbers = json.loads(Path("metrics.json").read_text())
     assert numbers["student"]["images_per_second"] == pytest.approx(2 * 2 / 5)

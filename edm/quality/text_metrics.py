@@ -13,8 +13,8 @@ from torch import nn
 from edm.config import UserError
 from edm.device import Single
 from edm.files import naming
+from edm.images.checkpoints import some
 from edm.images.pth import read_pth
-from edm.text import pixart_files
 from edm.text.prompts import exists_here
 
 LAYERS = (0, 2, 4, 6, 7)  # of the aesthetic head; those between are dropout, for its training
@@ -42,7 +42,7 @@ class Clip:
         with naming(source):
             model, found = pretrained(CLIPModel, source, dtype=torch.float32, output_loading_info=True)
             if missing := sorted(found["missing_keys"]):  # transformers would make them up
-                raise UserError(f"missing {pixart_files.some(missing)}")
+                raise UserError(f"missing {some(missing)}")
             self.model = model.to(device).eval().requires_grad_(False)
             self.tokenizer = pretrained(CLIPTokenizer, source)
             self.processor = pretrained(CLIPImageProcessorPil, source)
@@ -82,7 +82,7 @@ def load_aesthetic(path, width):
         weights = read_pth(path)
         names = [f"layers.{i}.{kind}" for i in LAYERS for kind in ("weight", "bias")]
         if wrong := sorted(weights.keys() ^ set(names)):
-            raise UserError(f"not an aesthetic head: missing or unknown {pixart_files.some(wrong)}")
+            raise UserError(f"not an aesthetic head: missing or unknown {some(wrong)}")
         if (given := weights["layers.0.weight"].shape[-1]) != width:
             raise UserError(f"it takes embeddings {given} wide, but the CLIP's are {width} wide")
         outs = [len(weights[f"layers.{i}.weight"]) for i in LAYERS]

@@ -15,16 +15,13 @@ TOP = {  # PixArt's name -> diffusers'; .weight and .bias alike
     "x_embedder.proj": "pos_embed.proj",
     "y_embedder.y_proj.fc1": "caption_projection.linear_1",
     "y_embedder.y_proj.fc2": "caption_projection.linear_2",
-    "t_embedder.mlp.0": "adaln_single.emb.timestep_embedder.linear_1",
-    "t_embedder.mlp.2": "adaln_single.emb.timestep_embedder.linear_2",
     "t_block.1": "adaln_single.linear",
     "final_layer.linear": "proj_out",
     "final_layer.scale_shift_table": "scale_shift_table",
-    "csize_embedder.mlp.0": "adaln_single.emb.resolution_embedder.linear_1",  # to the end: 1,024 pixels only
-    "csize_embedder.mlp.2": "adaln_single.emb.resolution_embedder.linear_2",
-    "ar_embedder.mlp.0": "adaln_single.emb.aspect_ratio_embedder.linear_1",
-    "ar_embedder.mlp.2": "adaln_single.emb.aspect_ratio_embedder.linear_2",
 }
+EMBEDDERS = {"t": "timestep", "csize": "resolution", "ar": "aspect_ratio"}  # the last two: 1,024 pixels only
+for old, new in EMBEDDERS.items():
+    TOP |= {f"{old}_embedder.mlp.{2 * i}": f"adaln_single.emb.{new}_embedder.linear_{i + 1}" for i in (0, 1)}
 BLOCK = {  # in each block; several names: the rows are split
     "scale_shift_table": "scale_shift_table",
     "attn.qkv": "attn1.to_q attn1.to_k attn1.to_v",

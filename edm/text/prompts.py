@@ -180,7 +180,9 @@ def encode_by_index(prompts, source, width):
 class CaptionFile:
     """captions(indices) -> {"caption": (B, L, width), "mask": (B, L)}, as TextEncoder's, of `encode`'s file.
 
-    Only what is asked for is read: the file may be larger than the memory.  UserError if it is damaged.
+    The file has "offsets" (N + 2,) and "features" (tokens, width): the first caption is "", that of prompt i
+    is features[offsets[i + 1] : offsets[i + 2]].  Only what is asked for is read: the file may be larger than
+    the memory.  UserError if it is damaged.
     """
 
     def __init__(self, path, device="cpu", dtype=torch.float32):

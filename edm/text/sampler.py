@@ -1,4 +1,7 @@
-"""Images from prompts: the one-step student, and its teacher by diffusers' own pipeline."""
+"""Images from prompts: the one-step student, and its teacher by diffusers' own pipeline.
+
+sample(z, caption, mask) -> latents like z.
+"""
 
 import time
 from functools import lru_cache

@@ -5,7 +5,7 @@ import copy
 import torch
 
 import sim_core as sim
-from edm.training.trainee import Batches, MovingAverage, Trainee, generator_of
+from edm.training.trainee import Batches, MovingAverage, Trainee, generator_of, schedule
 
 
 class TeacherTask:
@@ -16,9 +16,10 @@ class TeacherTask:
 
     def __init__(self, cfg, accelerator, network, examples):
         self.cfg, self.device, self.examples = cfg, accelerator.device, examples
-        self.teacher = Trainee(accelerator, network, cfg, cfg.lr)
-        self.ema = MovingAverage(network, copy.deepcopy(network).eval(), cfg)
-        self.batches = Batches(cfg, accelerator)
+        average = copy.deepcopy(network).eval()
+        self.teacher = Trainee(accelerator, network, schedule(cfg, cfg.lr), (cfg.beta1, cfg.beta2), False)
+        self.ema = MovingAverage(network, average, cfg.ema_halflife, cfg.ema_rampup, False)
+        self.batches = Batches(accelerator, cfg.batch, cfg.micro_batch)
 
     def step(self, n):
         rng, size = generator_of(self.device, self.cfg.seed, n), self.cfg.batch
@@ -34,7 +35,7 @@ class TeacherTask:
             return sim.fake_loss(self.teacher.wrapped, x0[i], sigma[i], noise[i], weight[i], **mine)
 
         value, norm = self.teacher.update(loss, self.batches.count, n * size)
-        self.ema.update((n + 1) * size)
+        self.ema.update((n + 1) * size, size)
         return {"loss": value, "gradient": norm}
 
     def state_dict(self):

@@ -34,11 +34,13 @@ def make_accelerator(cfg):
         accelerator = Accelerator(cpu=kind == "cpu", mixed_precision=cfg.precision, kwargs_handlers=handlers)
     except ValueError as error:  # an old macOS has no bf16
         raise UserError(f"--precision {cfg.precision}: {error}") from None
-    if is_sharded(cfg) and (accelerator.num_processes == 1 or cfg.precision == "fp16"):
+    if cfg.sharded and (accelerator.num_processes == 1 or cfg.precision == "fp16"):
         raise UserError("--sharding fsdp is for several processes (torchrun), in bf16 or float32")
     if cfg.batch % accelerator.num_processes:
         raise UserError(f"--batch {cfg.batch} does not divide over {accelerator.num_processes} processes")
-    Batches(cfg, accelerator)  # refuses an unfit --micro-batch, before a folder is made
+    Batches(
+        accelerator, cfg.batch, cfg.micro_batch
+    )  # refuses an unfit --micro-batch, before a folder is made
     return accelerator
 
 
@@ -62,13 +64,9 @@ def generator_of(device, *numbers):
 WHOLE = whole.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def is_sharded(cfg):
-    return getattr(cfg, "sharding", "ddp") == "fsdp"
-
-
-def shard(network, cfg):
+def shard(network, sharded):
     """FSDP2, with --sharding fsdp: each process keeps a share of the weights, gathered block by block."""
-    if is_sharded(cfg):
+    if sharded:
         for block in [*blocks(network)]:
             fully_shard(block)
         fully_shard(network, reshard_after_forward=True)  # else a look would leave its own weights whole
@@ -84,23 +82,26 @@ def blocks(module):
             yield from blocks(child)
 
 
-class Trainee:
-    """A network, its optimiser, and an update over micro-batches."""
+def schedule(cfg, lr):
+    """-> rate(images seen): ramp-up, times a cosine that falls to lr_end of lr at the end."""
+    total, rampup, end = cfg.steps * cfg.batch, cfg.lr_rampup, cfg.lr_end
 
-    def __init__(self, accelerator, network, cfg, lr):
-        self.accelerator, self.network, self.cfg, self.lr = accelerator, shard(network, cfg), cfg, lr
-        self.sharded = is_sharded(cfg)
-        self.optimiser = torch.optim.Adam(network.parameters(), lr, (cfg.beta1, cfg.beta2), fused=True)
-        self.wrapped = network
+    def rate(images):
+        grown = min(1.0, images / rampup) if rampup else 1.0
+        return lr * grown * (end + (1 - end) * (0.5 + 0.5 * math.cos(math.pi * images / total)))
+
+    return rate
+
+
+class Trainee:
+    """A network, its optimiser, and an update over micro-batches.  rate: of `schedule`."""
+
+    def __init__(self, accelerator, network, rate, betas, sharded):
+        self.accelerator, self.network, self.rate = accelerator, shard(network, sharded), rate
+        self.sharded, self.wrapped = sharded, network
+        self.optimiser = torch.optim.Adam(network.parameters(), betas=betas, fused=True)
         if not self.sharded:
             self.wrapped, self.optimiser = accelerator.prepare(network, self.optimiser)
-
-    def rate(self, images):
-        """The learning rate after so many images: ramp-up, times a cosine."""
-        rate, share = self.lr, images / (self.cfg.steps * self.cfg.batch)
-        if self.cfg.lr_rampup:
-            rate *= min(1.0, images / self.cfg.lr_rampup)
-        return rate * (self.cfg.lr_end + (1 - self.cfg.lr_end) * (0.5 + 0.5 * math.cos(math.pi * share)))
 
     def update(self, loss_of, count, images):
         """One step on the mean of loss_of(i), a tensor of any shape, i < count.
@@ -162,16 +163,19 @@ class Trainee:
 
 
 class MovingAverage:
-    """Of a network's weights.  Its half-life, in images, grows with them: short at first."""
+    """Of a network's weights, kept in a copy of it.
 
-    def __init__(self, network, copy, cfg):
-        self.source, self.network, self.cfg = network, shard(copy.requires_grad_(False), cfg), cfg
+    halflife, in images, is at first less: a share, rampup, of those that there were.
+    """
+
+    def __init__(self, network, copy, halflife, rampup, sharded):
+        self.source, self.network = network, shard(copy.requires_grad_(False), sharded)
+        self.halflife, self.rampup = halflife, rampup
 
     @torch.no_grad()
-    def update(self, images):
-        """After the update that brought the number of images seen to this."""
-        halflife = min(self.cfg.ema_halflife, images * self.cfg.ema_rampup)
-        share = 1 - 0.5 ** (self.cfg.batch / halflife)
+    def update(self, images, batch):
+        """After the update of `batch` images that brought the number of images seen to this."""
+        share = 1 - 0.5 ** (batch / min(self.halflife, images * self.rampup))
         averages, weights = list(self.network.parameters()), list(self.source.parameters())
         torch._foreach_lerp_(averages, weights, share)
 
@@ -185,9 +189,9 @@ class MovingAverage:
 class Batches:
     """How a batch falls to processes and micro-batches."""
 
-    def __init__(self, cfg, accelerator):
-        self.batch, self.share = cfg.batch, cfg.batch // accelerator.num_processes
-        self.micro = min(cfg.micro_batch or self.share, self.share)
+    def __init__(self, accelerator, batch, micro_batch):
+        self.share = batch // accelerator.num_processes
+        self.micro = min(micro_batch or self.share, self.share)
         if self.share % self.micro:
             raise UserError(f"--micro-batch {self.micro} does not divide {self.share}, a process's share")
         self.count, self.first = self.share // self.micro, accelerator.process_index * self.share
