@@ -30,13 +30,15 @@ def naming(path):
     """Turn every error into a UserError of one line that names the file."""
     try:
         yield
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # damaged bytes can raise nearly anything
-        line = " ".join(str(error).split())[:100]
-        raise UserError(f"{path}: damaged, or of another kind ({type(error).__name__}: {line})") from None
+        reason = str(error)
+        if isinstance(error, OSError):
+            reason = error.strerror or reason
+        elif not isinstance(error, UserError):
+            line = " ".join(reason.split())[:100]
+            reason = f"damaged, or of another kind ({type(error).__name__}: {line})"
+        text = f"{path}: {reason}"
+        raise UserError("".join(c if c.isprintable() else "?" for c in text)) from None
 
 
 def write_json(path, content):

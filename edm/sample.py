@@ -47,14 +47,6 @@ class Settings:
     precision: str = option("fp32", "what the network computes in", ("fp32", "bf16"))
 
 
-# ----------------------------------------------------------------------------------------------
-# Sampling.
-
-
-# ----------------------------------------------------------------------------------------------
-# What is written.
-
-
 def kind_of(out):
     return {".png": "grid", ".npz": "arrays"}.get(Path(out).suffix.lower(), "folder")
 
@@ -75,9 +67,6 @@ def save_file(out, seeds, images, labels):
         else:
             arrays = {"images": images.permute(0, 2, 3, 1).numpy(), "seeds": np.array(seeds)}
             np.savez(path, **arrays, **({} if labels is None else {"labels": labels.numpy()}))
-
-
-# ----------------------------------------------------------------------------------------------
 
 
 def check(cfg):

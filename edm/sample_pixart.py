@@ -105,9 +105,6 @@ def save_folder(cfg, batches):
             Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(path)
 
 
-# ----------------------------------------------------------------------------------------------
-
-
 def check(cfg):
     """What can be refused before anything is read."""
     if not cfg.out and not cfg.export:

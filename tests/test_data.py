@@ -22,6 +22,7 @@ from PIL import Image
 from edm.config import UserError
 from edm.images import data
 from edm.images.data import Images, load_images, one_hot, to_network, to_uint8
+from edm.images.safe_pickle import Record
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 CIFAR = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
@@ -273,7 +274,7 @@ def test_faulty_mnist_labels_and_gzip(tmp_path):
     fails(tmp_path, str(fails_labels) + ".gz", "No such file")
     fails(tmp_path, "t10k-images-idx3-ubyte.gz", train=False)
     (tmp_path / "train-images-idx3-ubyte").rename(tmp_path / "train-images-idx3-ubyte.gz")
-    fails(tmp_path, "train-images-idx3-ubyte.gz", "not readable")
+    fails(tmp_path, "train-images-idx3-ubyte.gz", "Not a gzipped file")
 
 
 def test_gzip_bomb_is_read_no_further_than_announced(tmp_path):
@@ -310,7 +311,7 @@ OBJECTS = DTYPE.replace(b"u1", b"O8")
 PYTHON_FAULTS = {
     "empty": (b"", "not a readable pickle"),
     "truncated": (python_batch(*TWO)[:-100], "not a readable pickle"),
-    "no dictionary": (b"\x80\x02K\x01.", "not readable"),
+    "no dictionary": (b"\x80\x02K\x01.", "damaged, or of another kind"),
     "no data": (b"\x80\x02}U\x06labels](K\x01es.", "data"),
     "no images": (python_batch(TWO[0][:0], []), "not an array"),
     "fewer labels": (python_batch(TWO[0], [1], rows=2), "not an array of bytes (1, 3072)"),
@@ -323,7 +324,7 @@ PYTHON_FAULTS = {
     "Fortran order": (python_batch(*TWO, order=b"\x88"), "not an array"),
     "floats": (python_batch(*TWO, dtype=DTYPE.replace(b"u1", b"f4")), "not an array"),
     "objects": (python_batch(*TWO, dtype=OBJECTS), "not an array"),
-    "data a list": (b"\x80\x02}(U\x06labels](K\x01eU\x04data](K\x01eu.", "not readable"),
+    "data a list": (b"\x80\x02}(U\x06labels](K\x01eU\x04data](K\x01eu.", "damaged, or of another kind"),
 }
 
 
@@ -376,11 +377,11 @@ def test_hostile_batch_is_refused_and_not_executed(tmp_path, kind):
 def test_a_batch_cannot_change_the_stand_ins(tmp_path):
     """BUILD with a pair as state sets attributes: of the class, were it not for its __setstate__."""
     write_cifar10(tmp_path, python_batch)
-    before = dict(vars(data.Inert))
+    before = dict(vars(Record))
     for name in (b"numpy\nndarray", b"numpy.core.multiarray\n_reconstruct"):
         (tmp_path / "test_batch").write_bytes(b"\x80\x02c" + name + b"\nN}U\x04argsK\x07s\x86b.")
         fails(tmp_path, "test_batch", train=False)
-    assert dict(vars(data.Inert)) == before
+    assert dict(vars(Record)) == before
 
 
 GREY = png(pixels(8, 8))

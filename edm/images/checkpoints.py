@@ -1,17 +1,8 @@
 """Weights on disk: our own files, and the released .pkl files of EDM, read without executing them.
 
-    python edm/checkpoints.py convert edm-cifar10-32x32-cond-vp.pkl teacher.safetensors
-    python edm/checkpoints.py convert sid-cifar10-cond.pkl generator.safetensors --sigma-init 2.5
-    python edm/checkpoints.py show teacher.safetensors
-
 Our files are safetensors with two JSON texts in the metadata: "config", the arguments of EDMPrecond,
 and "about", whatever the writer noted.  `load` reads both kinds and tells them apart by content.
-A note sigma_init makes a denoiser a one-step generator, g(z) = D(sigma_init z; sigma_init).  No .pkl names
-one, neither teachers nor the one-step generators that others released in EDM's format: --sigma-init does.
-
-A .pkl is a program that builds Python objects, and those of EDM carry source code besides.  Here every
-name in it is replaced by a record of its arguments (`TABLE`); the weights are then picked out of those
-records.  Nothing in the file runs, and its source code is never looked at.
+A note sigma_init makes a denoiser a one-step generator, g(z) = D(sigma_init z; sigma_init).
 """
 
 import json
@@ -29,11 +20,15 @@ from edm.images.networks import EDMPrecond
 
 
 def save(path, network, **about):
-    """Write an EDMPrecond's weights (as float32) and config, and JSON-able notes about them."""
+    """Write an EDMPrecond, or a model of diffusers: weights (as float32), config, and JSON-able notes."""
     weights = {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in network.state_dict().items()}
-    metadata = {"config": json.dumps(network.config), "about": json.dumps(about)}
+    config = {k: v for k, v in network.config.items() if not k.startswith("_")}
     with replacing(path) as temporary:
-        temporary.write_bytes(safetensors.torch.save(weights, metadata))
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        metadata = {"config": json.dumps(config), "about": json.dumps(about)}
+        safetensors.torch.save_file(weights, temporary, metadata)
+        temporary.chmod(mode)  # safetensors would leave it to its owner alone
 
 
 def load(path, sigma_init=None):
@@ -46,35 +41,40 @@ def load(path, sigma_init=None):
     """
     if sigma_init is not None and not 0 < sigma_init < math.inf:
         raise UserError(f"--sigma-init must be positive, got {sigma_init}")
-    with naming(path), open(path, "rb") as file:
-        head = file.read(9)
-    about = {}
-    if head[6:] == b"\0\0{":  # eight bytes of length, then JSON
-        config, weights, about = read_safetensors(path)
-    elif head[:1] == pickle.PROTO:
-        config, weights = read_pickle(path)
-    elif head[:2] == b"PK":
-        raise UserError(f"{path}: a zip file, as torch.save writes; need .safetensors of ours or .pkl of EDM")
-    else:
-        raise UserError(f"{path}: neither a .safetensors file of ours nor a .pkl file of EDM")
     with naming(path):
+        with open(path, "rb") as file:
+            head = file.read(9)
+        about = {}
+        if is_safetensors(head):
+            config, weights, about = read_safetensors(path)
+        elif head[:1] == pickle.PROTO:
+            config, weights = read_pickle(path)
+        elif head[:2] == b"PK":
+            raise UserError("a zip file, as torch.save writes; need .safetensors of ours or .pkl of EDM")
+        else:
+            raise UserError("neither a .safetensors file of ours nor a .pkl file of EDM")
         if sigma_init is not None and about.setdefault("sigma_init", sigma_init) != sigma_init:
             raise UserError(f"notes sigma_init {about['sigma_init']}, but --sigma-init says {sigma_init}")
         return build(config, weights), about
 
 
+def is_safetensors(head):
+    """By the first nine bytes: eight of a length, then JSON."""
+    return head[6:9] == b"\0\0{"
+
+
 def read_safetensors(path):
-    """-> (config, {name: tensor}, about)."""
-    with naming(path), safetensors.safe_open(path, "pt") as file:
+    """A file of `save` -> (config, {name: tensor}, about)."""
+    with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         if not {"config", "about"} <= metadata.keys():
             raise UserError("a safetensors file, but not one of ours: no config and about in its metadata")
         # clone: the tensors are views of the mapped file, which somebody may yet change
         weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        config, about = json.loads(metadata["config"]), json.loads(metadata["about"])
-        if not isinstance(config, dict) or not isinstance(about, dict):
-            raise UserError("config or about in its metadata is not a dictionary")
-        return config, weights, about
+    config, about = json.loads(metadata["config"]), json.loads(metadata["about"])
+    if not isinstance(config, dict) or not isinstance(about, dict):
+        raise UserError("config or about in its metadata is not a dictionary")
+    return config, weights, about
 
 
 def integer(low):
@@ -117,14 +117,21 @@ def build(config, weights):
     return network
 
 
-def check_weights(weights, expected):
-    """Names, shapes, type and values of {name: tensor}."""
-    for name in [*expected, *weights]:
-        if (name in expected) != (name in weights):
-            raise UserError(f"{'missing' if name in expected else 'unknown'} tensor {name[:100]}")
+def check_weights(weights, expected, dtypes=(torch.float32,)):
+    """Names, shapes, types and values of {name: tensor} must be those of a network's.  Raises UserError."""
+    missing, unknown = ([k for k in a if k not in b] for a, b in ((expected, weights), (weights, expected)))
+    words = {"missing": missing, "unknown": unknown}
+    if missing or unknown:
+        raise UserError("; ".join(f"{word} {some(names)}" for word, names in words.items() if names))
     for name, tensor in weights.items():
-        if tensor.shape != expected[name].shape or tensor.dtype != torch.float32:
+        if tensor.shape != expected[name].shape or tensor.dtype not in dtypes:
             found, want = (f"{tuple(t.shape)} {t.dtype}" for t in (tensor, expected[name]))
             raise UserError(f"tensor {name} is {found}, the network needs {want}")
         if not tensor.isfinite().all():
             raise UserError(f"tensor {name} has values that are not finite")
+
+
+def some(names):
+    """Words for a list of tensors: how many, and the first few."""
+    listed = ", ".join(name[:100] for name in names[:3])
+    return f"tensor{'s'[: len(names) > 1]} {listed}" + (f" and {len(names) - 3} more" if names[3:] else "")

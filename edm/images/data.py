@@ -11,7 +11,6 @@ import math
 import os
 import struct
 import zipfile
-from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -22,7 +21,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from edm.config import LEAST_IMAGES, UserError
-from edm.images.safe_pickle import load_inert
+from edm.files import naming
+from edm.images.safe_pickle import InertUnpickler, Record
 
 # Far above any data set meant here, far below what a gzip or zip bomb announces.
 MAX_IMAGES, MAX_MEMBER, MAX_CLASSES = 2**20, 2**28, 2**16  # in an IDX file; bytes of a zip's member; labels
@@ -89,17 +89,6 @@ def load_fitting(source, shape, label_dim=0, judge=False, labelled=True):
     return data
 
 
-@contextmanager
-def naming(file):
-    """Whatever goes wrong inside becomes a UserError of one line that begins with the file's name."""
-    try:
-        yield
-    except Exception as error:  # damaged bytes can raise nearly anything
-        reason = str(error) if isinstance(error, UserError) else getattr(error, "strerror", None)
-        text = f"{file}: {reason or f'not readable ({type(error).__name__}: {error})'}"
-        raise UserError("".join(c if c.isprintable() else "?" for c in text)) from None
-
-
 def load_digits():
     from sklearn import datasets  # here, because importing it takes a second
 
@@ -120,14 +109,12 @@ def load_folder(folder, train):
     return load_pngs(folder, files, lambda name: (folder / name).read_bytes())
 
 
-def below_ten(labels):
-    """labels (N,) uint8 -> int64.  MNIST and CIFAR-10 both have ten classes."""
+def below_ten(labels):  # MNIST and CIFAR-10 both have ten classes
     if labels.max() > 9:
         raise UserError(f"label {int(labels.max())} is not one of the ten classes")
     return labels.long()
 
 
-# ----------------------------------------------------------------------------------------------
 # MNIST's format, IDX: two zero bytes, 8 for "unsigned bytes", the number of dimensions, the
 # dimensions as big-endian 32-bit numbers, the bytes.
 
@@ -159,7 +146,6 @@ def read_idx(file, *size):
     return torch.frombuffer(bytearray(body), dtype=torch.uint8).reshape(count, *size)
 
 
-# ----------------------------------------------------------------------------------------------
 # CIFAR-10's batches: 3072 bytes an image, [C, H, W]; labels 0 to 9.
 
 
@@ -181,29 +167,14 @@ def read_binary_batch(content):
     return records[:, 1:], records[:, 0]
 
 
-class Inert:
-    """Stands for everything of numpy in a batch: keeps what it is given and does nothing."""
-
-    args = state = ()
-
-    def __init__(self, *args):
-        self.args = args
-
-    def __setstate__(self, state):
-        self.state = state
-
-
 # A class, not a function, for _reconstruct too: a pickle can set a function's attributes.
-NUMPY = {
-    ("numpy.core.multiarray", "_reconstruct"): Inert,
-    ("numpy", "ndarray"): Inert,
-    ("numpy", "dtype"): Inert,
-}
+NUMPY = {("numpy.core.multiarray", "_reconstruct"): Record, ("numpy", "ndarray"): Record,
+         ("numpy", "dtype"): Record}  # fmt: skip
 
 
 def read_python_batch(content):
     """A pickle of Python 2, a dictionary with data and labels -> images (N, 3072), labels (N,), uint8."""
-    batch = load_inert(BytesIO(content), NUMPY, encoding="bytes")
+    batch = InertUnpickler(BytesIO(content), NUMPY, encoding="bytes").load()
     labels = bytearray(list(batch[b"labels"]))  # fails for all but numbers from 0 to 255
     _, shape, dtype, fortran_order, data = batch[b"data"].state
     if dtype.args[:1] != (b"u1",) or fortran_order or shape != (len(labels), 3072) or not labels:
@@ -213,7 +184,6 @@ def read_python_batch(content):
     return torch.frombuffer(bytearray(data), dtype=torch.uint8), torch.frombuffer(labels, dtype=torch.uint8)
 
 
-# ----------------------------------------------------------------------------------------------
 # PNGs.  dataset.json: {"labels": [[name, label], ...] or null}, label a class index or one-hot.
 
 
@@ -253,9 +223,8 @@ def read_png(content):
         raise UserError("not a PNG")
     width, height, depth, colour = struct.unpack(">IIBB", content[16:26])
     if depth != 8 or colour not in (0, 2):  # pillow would convert, or give a palette's indices
-        raise UserError(
-            f"its bit depth is {depth}, its colour type {colour}: neither 8-bit grey nor 8-bit RGB"
-        )
+        found = f"its bit depth is {depth}, its colour type {colour}"
+        raise UserError(f"{found}: neither 8-bit grey nor 8-bit RGB")
     if width != height:
         raise UserError(f"it is {height}x{width}, not square")
     try:
@@ -285,7 +254,6 @@ def class_index(name, label):
     return label
 
 
-# ----------------------------------------------------------------------------------------------
 # Pixels, labels and what the networks take.
 
 

@@ -14,21 +14,7 @@ import numpy as np
 import torch
 
 from edm.config import UserError
-from edm.files import naming
-from edm.images.safe_pickle import load_inert
-
-
-class Record:
-    """A call in the pickle, or an object: its arguments, and the state that it was given."""
-
-    args, state = (), None
-
-    def __init__(self, *args):
-        self.args = args
-
-    def __setstate__(self, state):  # else pickle writes the state's entries over our attributes
-        self.state = state
-
+from edm.images.safe_pickle import InertUnpickler, Record
 
 TABLE = {
     ("collections", "OrderedDict"): dict,
@@ -48,23 +34,25 @@ TABLE = {
 def read_pickle(path):
     """EDM's .pkl -> (config, {name: tensor} in the order of a state dict), of its entry "ema".
 
-    Raises UserError, naming the file, unless that is an EDMPrecond around a SongUNet.
+    Raises UserError, without the file's name, unless that is an EDMPrecond around a SongUNet.
     """
-    with naming(path):
-        content = load_inert(io.BytesIO(Path(path).read_bytes()), TABLE)
-        ema = content.get("ema") if isinstance(content, dict) else None
-        if not isinstance(ema, Record):
-            raise UserError("a pickle, but not one of EDM: no network under 'ema'")
-        state = attributes(ema)
-        kinds = [module.args[0]["class_name"] for module in (ema, *state["_modules"].values())]
-        if kinds != ["EDMPrecond", "SongUNet"]:
-            raise UserError(f"it holds {reprlib.repr(kinds)}; only EDMPrecond around SongUNet is supported")
-        if state["_init_args"]:
-            raise UserError("its network was made with positional arguments")
-        dropped = ("model_type", "use_fp16", "sigma_min", "sigma_max")  # known, or without effect here
-        config = {k: plain(v) for k, v in state["_init_kwargs"].items() if k not in dropped}
-        stored = dict(named_tensors(ema, "", set()))
-        weights = {name: single(name, tensor) for name, tensor in stored.items()}
+    content = InertUnpickler(io.BytesIO(Path(path).read_bytes()), TABLE).load()
+    ema = content.get("ema") if isinstance(content, dict) else None
+    if not isinstance(ema, Record):
+        raise UserError("a pickle, but not one of EDM: no network under 'ema'")
+    state = attributes(ema)
+    kinds = [module.args[0]["class_name"] for module in (ema, *state["_modules"].values())]
+    if kinds != ["EDMPrecond", "SongUNet"]:
+        raise UserError(f"it holds {reprlib.repr(kinds)}; only EDMPrecond around SongUNet is supported")
+    if state["_init_args"]:
+        raise UserError("its network was made with positional arguments")
+    dropped = ("model_type", "use_fp16", "sigma_min", "sigma_max")  # known, or without effect here
+    config = {k: plain(v) for k, v in state["_init_kwargs"].items() if k not in dropped}
+    stored = dict(named_tensors(ema, "", set()))
+    weights = {name: tensor.float() for name, tensor in stored.items()}
+    for name, tensor in weights.items():
+        if (tensor.isinf() & stored[name].isfinite()).any():
+            raise UserError(f"tensor {name} has values beyond float32's range")
     kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in stored.values()}
     if kinds - {"float32"}:
         tell(f"{path}: its weights are {' and '.join(sorted(kinds))}; read as float32")
@@ -76,14 +64,6 @@ def tell(line):
     """To stderr, once: a command may load a file more than once."""
     if os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr)
-
-
-def single(name, tensor):
-    """Rounded to float32, which must hold it."""
-    rounded = tensor.float()
-    if (rounded.isinf() & tensor.isfinite()).any():
-        raise UserError(f"tensor {name} has values beyond float32's range")
-    return rounded
 
 
 def attributes(module):

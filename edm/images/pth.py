@@ -15,15 +15,13 @@ import numpy as np
 import torch
 
 from edm.config import UserError
-from edm.images.safe_pickle import InertUnpickler, load_inert
+from edm.images.safe_pickle import InertUnpickler, Record
 
 # Where scripts keep weights, the moving average first.  A dictionary without any of these is the weights.
 NESTS = "ema state_dict_ema ema_state_dict model_ema params_ema".split()
 NESTS += "state_dict model_state_dict model module params generator net network".split()
 
-
-# ----------------------------------------------------------------------------------------------
-# What takes the place of what.  None may be harmed by a __setstate__ of the file's choice.
+# What takes the place of what follows.  None may be harmed by a __setstate__ of the file's choice.
 
 
 class Call(type):
@@ -58,27 +56,15 @@ class DefaultDictionary(Dictionary):
         pass
 
 
-class Storage:
-    """Numbers in the file, found by key."""
-
-    __setstate__ = Forgotten.forget
-
-    def __init__(self, dtype, key):
-        self.dtype, self.key = dtype, key
+class Storage(Record):
+    """Numbers in the file: (their dtype, the key under which they are found)."""
 
 
-class Tensor:
-    """Of a storage that part, in units of its elements."""
-
-    __setstate__ = Forgotten.forget
-
-    def __init__(self, storage, offset, shape, stride, *more):
-        self.storage, self.offset, self.shape, self.stride = storage, offset, shape, stride
+class Tensor(Record):
+    """Of a storage that part, in units of its elements: (storage, offset, shape, stride, ...)."""
 
 
-class Parameter:
-    __setstate__ = Forgotten.forget
-
+class Parameter(Record):
     def __new__(cls, tensor, *more):
         return tensor
 
@@ -134,8 +120,8 @@ TABLE |= {
 class Reader(InertUnpickler):
     """The table, a stand-in for every other name, and storages."""
 
-    def __init__(self, file, table, storages):
-        super().__init__(file, table, encoding="latin1")  # Python 2's strings can hold anything
+    def __init__(self, file, storages):
+        super().__init__(file, TABLE, encoding="latin1")  # Python 2's strings can hold anything
         self.storages = storages
 
     def find_class(self, module, name):
@@ -148,7 +134,6 @@ class Reader(InertUnpickler):
         return self.storages.setdefault(key, Storage(dtype, key))
 
 
-# ----------------------------------------------------------------------------------------------
 # The two forms of the file -> its content, {key of a storage: where its bytes are}.
 
 
@@ -168,7 +153,7 @@ def read_zip(path, data):
         places[name.removeprefix(folder)] = slice(start, start + info.file_size)
     if "byteorder" in places and data[places["byteorder"]].tobytes() != b"little":
         raise UserError("written on a machine of another byte order")
-    content = load_inert(io.BytesIO(data[places["data.pkl"]].tobytes()), TABLE, Reader, storages={})
+    content = Reader(io.BytesIO(data[places["data.pkl"]].tobytes()), {}).load()
     return content, {name.removeprefix("data/"): place for name, place in places.items()}
 
 
@@ -177,17 +162,14 @@ def read_old(path, data):
     the storages, which follow, each with its number of elements before it."""
     places, storages = {}, {}
     with open(path, "rb") as file:
-        magic, _, _, content, keys = (load_inert(file, TABLE, Reader, storages=storages) for _ in range(5))
+        magic, _, _, content, keys = (Reader(file, storages).load() for _ in range(5))
         if magic != 0x1950A86A20F9469CFC6C:
             raise UserError("not a file of torch.save")
         for key in keys:
             count, start = int.from_bytes(file.read(8), "little"), file.tell()
-            places[key] = slice(start, start + count * storages[key].dtype.itemsize)
+            places[key] = slice(start, start + count * storages[key].args[0].itemsize)
             file.seek(places[key].stop)
     return content, places
-
-
-# ----------------------------------------------------------------------------------------------
 
 
 def read_pth(path):
@@ -208,10 +190,12 @@ def read_pth(path):
         print(f"{path}: {words}", file=sys.stderr)
     found = {}
     for name, tensor in weights.items():
-        if not isinstance(tensor.storage, Storage) or not isinstance(tensor.storage.dtype, torch.dtype):
+        storage, offset, shape, stride, *_ = tensor.args
+        dtype, key = storage.args
+        if not isinstance(dtype, torch.dtype):
             raise UserError(f"tensor {name[:100]} is of a kind that is not read")
-        values = torch.from_numpy(data[places[tensor.storage.key]]).view(tensor.storage.dtype)
-        found[name] = values.as_strided(tensor.shape, tensor.stride, tensor.offset)
+        values = torch.from_numpy(data[places[key]]).view(dtype)
+        found[name] = values.as_strided(shape, stride, offset)
     return found
 
 

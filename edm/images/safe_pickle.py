@@ -5,6 +5,18 @@ import pickle
 from edm.config import UserError
 
 
+class Record:
+    """Stands for a class or function, and a call of it: keeps what it is given, and does nothing."""
+
+    args, state = (), None
+
+    def __init__(self, *args):
+        self.args = args
+
+    def __setstate__(self, state):  # else pickle writes the state's entries over our attributes
+        self.state = state
+
+
 class InertUnpickler(pickle._Unpickler):
     """An unpickler that knows only the (module, name) pairs of a table, each with our stand-in.
 
@@ -20,6 +32,16 @@ class InertUnpickler(pickle._Unpickler):
         super().__init__(file, **how)
         self.table = table
 
+    def load(self):
+        """UserError, without the file's name, whatever is wrong with it."""
+        try:
+            return super().load()
+        except UserError:
+            raise
+        except Exception as error:  # damaged bytes can raise nearly anything
+            words = f"{type(error).__name__}: {str(error)[:100]}"
+            raise UserError(f"not a readable pickle ({words})") from None
+
     def find_class(self, module, name):
         if (module, name) not in self.table:
             raise UserError(f"it asks for {module}.{name}, which is not allowed")
@@ -30,13 +52,3 @@ class InertUnpickler(pickle._Unpickler):
 
     def get_extension(self, code):
         raise UserError("it uses the extension registry, which is not allowed")
-
-
-def load_inert(file, table, kind=InertUnpickler, **how):
-    """Unpickle from a binary file.  UserError, without the file's name, whatever is wrong with it."""
-    try:
-        return kind(file, table, **how).load()
-    except UserError:
-        raise
-    except Exception as error:  # damaged bytes can raise nearly anything
-        raise UserError(f"not a readable pickle ({type(error).__name__}: {str(error)[:100]})") from None

@@ -1,12 +1,9 @@
 """Weights of PixArt on disk: diffusers' folders, the original files, and our own students.
 
-    from edm.text.pixart_files import load_transformer, save_student, write_pipeline
     transformer, about = load_transformer("PixArt-alpha/PixArt-XL-2-512x512")  # a folder, a file, a name
     save_student("generator.safetensors", transformer, sigma_init=2.5, teacher="...")
-    write_pipeline(transformer, 2.5, "PixArt-alpha/PixArt-XL-2-512x512", "one-step-pixart")
 
-Students are safetensors with diffusers' names and two JSON texts in the metadata, as the files of
-edm/checkpoints.py: "config", the arguments of PixArtTransformer2DModel, and "about", the writer's notes.
+Students are files of `edm.images.checkpoints.save`, with sigma_init in their notes.
 Every tensor of a file must find its place, and every place its tensor.  Nothing in a file is executed.
 """
 
@@ -17,27 +14,23 @@ import os
 import re
 import shutil
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
 from edm.config import UserError
-from edm.files import naming, replacing
-from edm.images.checkpoints import read_safetensors
+from edm.files import naming
+from edm.images.checkpoints import check_weights, is_safetensors, read_safetensors, save, some
 from edm.images.pth import read_pth
 from edm.text.pixart import PixArtDenoiser, sigma_of_t
-from edm.text.pixart_names import POSITIONS, from_original, some
+from edm.text.pixart_names import POSITIONS, from_original
 
+save_student = save
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-UNUSED = ("caption_projection.y_embedding",)  # the null caption, which old versions of diffusers kept
-TENSORS_PER_BLOCK = 21
-
-
-# ----------------------------------------------------------------------------------------------
-# Reading.
+OLD_NULL = "caption_projection.y_embedding"  # the null caption, which old versions of diffusers kept
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def load_transformer(source, heads=None, like=None):
@@ -53,21 +46,23 @@ def load_transformer(source, heads=None, like=None):
     if not path.is_file():
         path = find(source, ("transformer",))
         path = path / "transformer" if (path / "transformer").is_dir() else path
-        with naming(path):
-            config, weights = read_folder(path)
-    else:
-        with naming(path), open(path, "rb") as file:
-            safe = file.read(9)[6:] == b"\0\0{"  # safetensors: eight bytes of length, then JSON
-        with naming(path), safetensors.safe_open(path, "pt") if safe else nullcontext() as file:
-            ours = safe and "config" in (file.metadata() or {})
-        if ours:
-            config, weights, about = read_safetensors(path)
-        else:
-            with naming(path):
-                original = safetensors.torch.load_file(path) if safe else read_pth(path)
-                config, weights = from_original(original, heads, like)
     with naming(path):
+        if path.is_dir():
+            config, weights = read_folder(path)
+        else:
+            config, weights, about = read_file(path, heads, like)
         return build(config, weights), about
+
+
+def read_file(path, heads, like):
+    with open(path, "rb") as file:
+        if not is_safetensors(file.read(9)):
+            return *from_original(read_pth(path), heads, like), {}
+    with safetensors.safe_open(path, "pt") as file:
+        ours = "config" in (file.metadata() or {})
+    if ours:
+        return read_safetensors(path)
+    return *from_original(safetensors.torch.load_file(path), heads, like), {}
 
 
 def find(source, parts):
@@ -84,12 +79,11 @@ def find(source, parts):
     try:
         return Path(snapshot_download(str(source), allow_patterns=wanted, ignore_patterns=unwanted))
     except Exception as error:  # it has many, of several libraries
-        kind = type(error).__name__
-        raise UserError(f"{source}: no such folder here, and not to be had from the hub ({kind})") from None
+        words = f"no such folder here, and not to be had from the hub ({type(error).__name__})"
+        raise UserError(f"{source}: {words}") from None
 
 
 def read_folder(folder):
-    """A folder of diffusers' -> (config, {name: tensor})."""
     config = json.loads((folder / "config.json").read_text())
     names, index = {WEIGHTS}, folder / f"{WEIGHTS}.index.json"
     if index.exists():  # a large one, in several files
@@ -98,7 +92,8 @@ def read_folder(folder):
     for name in sorted(names):
         with naming(name):
             weights |= safetensors.torch.load_file(folder / name)
-    return config, {name: tensor for name, tensor in weights.items() if name not in UNUSED}
+    weights.pop(OLD_NULL, None)
+    return config, weights
 
 
 def load_vae(folder):
@@ -113,83 +108,41 @@ def load_vae(folder):
     return vae.eval().requires_grad_(False)
 
 
-# ----------------------------------------------------------------------------------------------
-# From a config and weights, which may be damaged or hostile, to a network.
-
-
 def build(config, weights):
-    """PixArtTransformer2DModel(**config) with exactly these weights, copied as float32.
-
-    Entries of the config that the class does not take, as those of old versions, are left out.
-    """
+    """PixArtTransformer2DModel(**config) with exactly these weights, as float32; both may be hostile."""
     from accelerate import init_empty_weights
     from diffusers import PixArtTransformer2DModel
 
-    known = inspect.signature(PixArtTransformer2DModel).parameters
+    known = inspect.signature(PixArtTransformer2DModel).parameters  # old versions' configs have more
     config = {name: value for name, value in config.items() if name in known}
     layers, size = config.get("num_layers"), config.get("sample_size")
     if type(layers) is not int or type(size) is not int or not 0 < size <= 1024:
         raise UserError(f"no config of a PixArt transformer: num_layers={layers!r}, sample_size={size!r}")
-    if layers * TENSORS_PER_BLOCK > len(weights):  # before building them one by one
+    if layers * 21 > len(weights):  # of a block; before building them one by one
         raise UserError(f"{len(weights)} tensors are too few for {layers} layers")
     with init_empty_weights():  # but the table of positions is computed
         network = PixArtTransformer2DModel(**config)
-    check_positions(weights.pop(POSITIONS, None), network.pos_embed.pos_embed)
-    expected = network.state_dict()
-    wrong = [f"missing {some(missing)}"] if (missing := [k for k in expected if k not in weights]) else []
-    wrong += [f"unknown {some(unknown)}"] if (unknown := [k for k in weights if k not in expected]) else []
-    if wrong:
-        raise UserError("; ".join(wrong))
-    for name, tensor in weights.items():
-        if tensor.shape != expected[name].shape or not tensor.is_floating_point():
-            found = f"{tuple(tensor.shape)} {tensor.dtype}"
-            raise UserError(f"tensor {name} is {found}, the network needs {tuple(expected[name].shape)}")
-        if not tensor.isfinite().all():
-            raise UserError(f"tensor {name} has values that are not finite")
+    computed = {POSITIONS: network.pos_embed.pos_embed} if POSITIONS in weights else {}
+    check_weights(weights, network.state_dict() | computed, FLOATS)
+    for name in computed:
+        table = weights.pop(name)
+        error = (table.double() - computed[name].double()).abs().max().item()
+        if error > max(1e-5, torch.finfo(table.dtype).eps):  # entries are at most 1
+            words = "differs from the one that the network computes by up to"
+            raise UserError(f"its pos_embed {words} {error:.3g}")
     # copied: they are views of the mapped file, which somebody may yet change
     copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in weights.items()}
     network.load_state_dict(copies, assign=True)
     return network.eval().requires_grad_(False)
 
 
-def check_positions(table, computed):
-    """A file's table of positions, or None, must be the network's, but for rounding.  Raises UserError."""
-    if table is None:
-        return
-    if table.shape != computed.shape or not table.is_floating_point():
-        found = f"{tuple(table.shape)} {table.dtype}"
-        raise UserError(f"its pos_embed is {found}, the network computes {tuple(computed.shape)}")
-    error = (table.double() - computed.double()).abs().max().item()
-    if not error <= max(1e-5, torch.finfo(table.dtype).eps):  # entries are at most 1
-        raise UserError(f"its pos_embed differs from the one that the network computes by up to {error:.3g}")
-
-
-# ----------------------------------------------------------------------------------------------
-# Writing.
-
-
-def save_student(path, transformer, **about):
-    """Write a transformer's weights (as float32) and config, and JSON-able notes, of which sigma_init."""
-    state = transformer.state_dict()
-    weights = {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in state.items()}
-    config = {k: v for k, v in transformer.config.items() if not k.startswith("_")}
-    with replacing(path) as temporary:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        metadata = {"config": json.dumps(config), "about": json.dumps(about)}
-        safetensors.torch.save_file(weights, temporary, metadata)
-        temporary.chmod(mode)  # safetensors would leave it to its owner alone
-
-
 def sigma_init_of(path, about, given=None):
     """sigma_init from the notes of a student, or where they have none, as it is given.  Raises UserError."""
-    noted = about.get("sigma_init")
-    if noted is None and given is not None:
-        return given
+    noted = given if about.get("sigma_init") is None else about["sigma_init"]
     if type(noted) not in (int, float) or not 0 < noted < math.inf:
         words = "; it may be a one-step generator of others: then give its --sigma-init (SIM-DiT's is 2.5)"
-        words = f"its notes have sigma_init={noted!r}{words if noted is None else ''}"
-        raise UserError(f"{path}: not a student: {words}")
+        words = words if noted is None else ""
+        raise UserError(f"{path}: not a student: its notes have sigma_init={noted!r}{words}")
     if given not in (None, noted):
         raise UserError(f"--sigma-init {given}: but {path} was distilled at {noted}")
     return noted
@@ -208,21 +161,18 @@ lower-cases prompts.
 """
 
 
-def write_pipeline(transformer, sigma_init, teacher, out):
+def write_pipeline(transformer, sigma_init, folder, out):
     """Write a folder for diffusers' PixArtAlphaPipeline, whose single step is the generator's.
 
-    teacher: a pipeline; its tokenizer, text encoder and VAE are linked or, across disks, copied.  out: must
-    not exist.  Raises UserError.
+    folder: of `find_pipeline`; its PARTS are linked or, across disks, copied.  out: must not exist.
     """
     out = Path(out)
     if out.exists():
         raise UserError(f"{out}: exists already, and nothing is overwritten")
-    folder = find_pipeline(teacher, transformer.config.caption_channels)
     with naming(folder / "model_index.json"):
         index = json.loads((folder / "model_index.json").read_text())
     classes = {"transformer": "PixArtTransformer2DModel", "scheduler": "EulerDiscreteScheduler"}
-    index |= {name: ["diffusers", value] for name, value in classes.items()}
-    index["_class_name"] = "PixArtAlphaPipeline"
+    index |= {"_class_name": "PixArtAlphaPipeline"} | {k: ["diffusers", v] for k, v in classes.items()}
     scheduler, t = one_step_scheduler(transformer, sigma_init)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"tmp-{out.name}-", dir=out.parent) as temporary:

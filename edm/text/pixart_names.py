@@ -1,4 +1,4 @@
-"""PixArt's own names of its tensors, and diffusers'."""
+"""PixArt's own names for its tensors -> those of diffusers, and the config, which its files do not tell."""
 
 import json
 import math
@@ -7,9 +7,9 @@ from pathlib import Path
 
 from edm.config import UserError
 from edm.files import naming
+from edm.images.checkpoints import some
 
 POSITIONS = "pos_embed.pos_embed"  # computed, not learned
-
 TOP = {  # PixArt's name -> diffusers'; .weight and .bias alike
     "pos_embed": POSITIONS,
     "x_embedder.proj": "pos_embed.proj",
@@ -32,10 +32,7 @@ BLOCK = {  # in each block; several names: the rows are split
     "mlp.fc1": "ff.net.0.proj",
     "mlp.fc2": "ff.net.2",
 }
-DROPPED = (  # replaced, or computed, here
-    "y_embedder.y_embedding",  # the null caption; diffusers takes that of ""
-    "u",  # the noise levels, in SIM's wrapper
-)
+DROPPED = ("y_embedder.y_embedding", "u")  # the null caption, here that of ""; noise levels, computed here
 PREFIX = re.compile(r"(?:(?:module|model|base_model|_orig_mod)\.)*")  # of what a network was wrapped in
 NAME = re.compile(r"(?:blocks\.(?P<block>\d+)\.)?(?P<layer>.+?)(?P<kind>\.weight|\.bias)?")
 
@@ -69,7 +66,7 @@ def infer_config(weights, heads=None, like=None):
     if missing := [name for name in needed if name not in weights]:
         raise UserError(f"not in PixArt's naming: missing {some(missing)}")
     (width, channels, patch, _), (_, caption), (out, _) = (weights[name].shape for name in needed)
-    heads = heads or heads_of(like, width) or (16 if width == 1152 else None)
+    heads = heads or (like and heads_of(like, width)) or (16 if width == 1152 else None)
     if not heads or width % heads:
         words = "the number of heads must be given, or a pipeline with a transformer as wide"
         raise UserError(f"width {width}, not XL's 1,152: {words}; got {heads}")
@@ -86,16 +83,10 @@ def infer_config(weights, heads=None, like=None):
 
 def heads_of(folder, width):
     """Attention heads of a pipeline's transformer, if there is one here of this width."""
-    path = Path(folder or "", "transformer", "config.json")
-    if folder is None or not path.exists():
+    path = Path(folder, "transformer", "config.json")
+    if not path.exists():
         return None
     with naming(path):
         config = json.loads(path.read_text())
-        heads, size = config["num_attention_heads"], config["attention_head_dim"]
-    return heads if heads * size == width else None
-
-
-def some(names):
-    """Words for a list of tensors: how many, and the first few."""
-    listed = ", ".join(name[:100] for name in names[:3])
-    return f"tensor{'s'[: len(names) > 1]} {listed}" + (f" and {len(names) - 3} more" if names[3:] else "")
+        heads = config["num_attention_heads"]
+        return heads if heads * config["attention_head_dim"] == width else None
