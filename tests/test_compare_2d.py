@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -216,16 +217,19 @@ def test_a_stopped_and_a_killed_study_go_on(tmp_path):
     words = [sys.executable, str(ROOT / "toy/compare_2d.py"), *TINY, "--jobs", "2", "--out", str(tmp_path)]
     runs, first = tmp_path / "runs", {}
     for number in (signal.SIGINT, signal.SIGKILL):
-        process = subprocess.Popen(words, stdout=-1, stderr=-1, text=True)
-        deadline = time.time() + 200
+        hears = partial(
+            signal.signal, signal.SIGINT, signal.SIG_DFL
+        )  # where pytest is deaf to it
+        process = subprocess.Popen(words, stdout=-1, stderr=-1, text=True, preexec_fn=hears)
+        deadline = time.time() + 600
         while len([*runs.glob("*.json")]) <= len(first) and time.time() < deadline:
             time.sleep(0.05)
         os.kill(process.pid, number)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=300)
         if number == signal.SIGINT:
             assert process.returncode == 130 and "stopped; the same command goes on" in err
         before, first = first, {p: p.stat().st_mtime_ns for p in runs.glob("*.json")}
         assert len(first) > len(before) and before.items() <= first.items()
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0 and "4 of 4 runs" in done.stdout, done.stderr
     assert all(p.stat().st_mtime_ns == at for p, at in first.items()) and len(rows(tmp_path)) == 4

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -153,8 +154,10 @@ def test_wrong_inputs_are_one_line(words, message, capsys):
 
 
 def start(*words):
+    """The study in a process of its own, which Ctrl-C reaches even where pytest itself is deaf to it."""
     command = [sys.executable, str(ROOT / "edm/compare_digits.py"), *words]
-    return subprocess.Popen(command, stdout=-1, stderr=-1, text=True)
+    hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, stdout=-1, stderr=-1, text=True, preexec_fn=hears)
 
 
 def workers(process):
@@ -164,7 +167,7 @@ def workers(process):
 
 
 def wait_for(condition):
-    deadline = time.time() + 200
+    deadline = time.time() + 600
     while not condition() and time.time() < deadline:
         time.sleep(0.05)
     assert condition()
@@ -179,13 +182,13 @@ def test_a_stopped_and_killed_study_ends_as_if_left_alone(tmp_path):
         wait_for(lambda: any(b'"12"' in p.read_bytes() for p in Path("stopped").glob("runs/*/scores.json")))
         alive = workers(process)
         os.kill(process.pid, number)
-        _, err = process.communicate(timeout=100)
+        _, err = process.communicate(timeout=300)
         if number == signal.SIGINT:
             assert process.returncode == 130 and "stopped; the same command goes on" in err
         wait_for(lambda alive=alive: not any(path.exists() for path in alive))
     for out in ("stopped", "alone"):
         process = start(*words, out)
-        stdout, err = process.communicate(timeout=400)
+        stdout, err = process.communicate(timeout=900)
         assert process.returncode == 0 and "2 of 2 runs" in stdout, err
     scores = {out: [json.loads(p.read_text())["scores"] for p in sorted(Path(out).glob("runs/*/scores.json"))]
               for out in ("stopped", "alone")}  # fmt: skip
@@ -205,6 +208,6 @@ def test_a_worker_that_fails_stops_the_study_with_its_reason(tmp_path):
     process.communicate()
     Path("study/teacher-0/teacher.safetensors").write_bytes(b"no network")
     process = start(*words)
-    _, err = process.communicate(timeout=100)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 1 and "teacher.safetensors" in err and "a run failed (2)" in err
     assert "Traceback" not in err
