@@ -217,9 +217,7 @@ def test_a_stopped_and_a_killed_study_go_on(tmp_path):
     words = [sys.executable, str(ROOT / "toy/compare_2d.py"), *TINY, "--jobs", "2", "--out", str(tmp_path)]
     runs, first = tmp_path / "runs", {}
     for number in (signal.SIGINT, signal.SIGKILL):
-        hears = partial(
-            signal.signal, signal.SIGINT, signal.SIG_DFL
-        )  # where pytest is deaf to it
+        hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # where pytest is deaf to it
         process = subprocess.Popen(words, stdout=-1, stderr=-1, text=True, preexec_fn=hears)
         deadline = time.time() + 600
         while len([*runs.glob("*.json")]) <= len(first) and time.time() < deadline:
