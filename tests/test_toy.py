@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from PIL import Image, ImageChops, ImageSequence
 
 import sim_core as sim
 from toy import metrics, plots
@@ -45,14 +44,32 @@ def test_score_is_the_gradient_of_log_density_and_tweedie_holds(dim):
     (expected,) = torch.autograd.grad(mixture.log_density(x, sigma).sum(), x)
     assert (mixture.score(x, sigma) - expected).abs().max() < 1e-9 * expected.abs().max()
     denoised = mixture.denoiser(x, sigma)
-    assert mixture.denoiser(1e3 + 0 * x, 0.01 + 0 * sigma).isfinite().all(), "far away, too"
     assert (sim.score_from_denoised(denoised, x, sigma) - expected).abs().max() < 1e-9 * expected.abs().max()
+
+
+def test_denoiser_is_the_posterior_mean():
+    """E[x0 | xt] by brute force: importance-weighted samples of x0."""
+    mixture, sigma = lopsided(1), 0.4
+    x0 = mixture.sample(400_000, rng())[:, 0]
+    for xt in (-1.0, 0.2, 1.3):
+        weight = torch.exp(-((xt - x0) ** 2) / (2 * sigma**2))
+        expected = (weight * x0).sum() / weight.sum()
+        one = torch.tensor([[xt]], dtype=torch.float64)
+        assert mixture.denoiser(one, one.new_full((1,), sigma)).item() == pytest.approx(
+            expected.item(), abs=0.01
+        )
 
 
 def test_data_std_is_that_of_samples():
     mixture = lopsided()
     expected = mixture.sample(400_000, rng()).var(0).mean().sqrt().item()
     assert mixture.data_std() == pytest.approx(expected, rel=0.01)
+
+
+def test_far_away_the_denoiser_stays_finite():
+    target = make_target("ring")
+    x, sigma = torch.full((1, 2), 1e3), torch.tensor([0.01])
+    assert target.denoiser(x, sigma).isfinite().all()
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -124,6 +141,15 @@ def test_heun_follows_the_flow_of_a_gaussian():
     assert (x / z - 80 * 0.5 / math.hypot(80, 0.5)).abs().max() < 0.005
 
 
+def test_heun_with_the_exact_denoiser_samples_the_target():
+    target = make_target("ring")
+    x = heun(target.denoiser, torch.randn(4000, 2, generator=rng()))
+    data = target.sample(4000, rng(1))
+    assert metrics.energy_distance(x, data) < 3 * metrics.energy_floor(
+        4000, 4000, metrics.mean_distance(data, data)
+    )
+
+
 # --- metrics -------------------------------------------------------------------------------------
 
 
@@ -144,6 +170,13 @@ def test_energy_floor_is_the_mean_over_data_sets():
 
 def test_energy_floor_of_few_points():
     assert metrics.energy_floor(4, 2, within=0.5) == pytest.approx((1 / 4 + 1 / 2) * 0.5 * 2)
+
+
+def test_energy_distance_grows_with_the_error():
+    target = make_target("ring")
+    x, y = target.sample(2000, rng()), target.sample(2000, rng(1))
+    distances = [metrics.energy_distance(x + shift, y) for shift in (0.0, 0.1, 0.3)]
+    assert distances == sorted(distances) and distances[2] > 20 * distances[0]
 
 
 def test_mode_metrics_see_lost_blurred_and_unbalanced_modes():
@@ -182,27 +215,41 @@ def test_score_diagnostics_against_closed_forms():
 # --- figures -------------------------------------------------------------------------------------
 
 
-def test_the_live_window_draws_within_fixed_and_equal_limits():
+def test_limits_are_fixed_and_equal():
+    scene_figure = plots.Figure()
+    data, field = torch.randn(50, 2), torch.zeros(len(plots.field_points()), 2)
+    scene = plots.Scene(scene_figure, data, field, 1e-3, 100)
+    scene.draw({"step": 3, "samples": data, "field": field}, [{"step": 3, "energy_distance": 0.1}])
+    for ax in scene_figure.axes[:2]:
+        assert ax.get_xlim() == ax.get_ylim() == (-plots.LIMIT, plots.LIMIT) and ax.get_aspect() == 1
+    assert scene.samples.get_offsets().shape == (50, 2)
+
+
+def test_the_live_window_draws():
     import matplotlib
 
     matplotlib.use("Agg")
     data, field = torch.randn(50, 2), torch.zeros(len(plots.field_points()), 2)
     window = plots.Window(data, field, 1e-3, 100)
     window.draw({"step": 3, "samples": data, "field": field}, [{"step": 3, "energy_distance": 0.1}])
-    assert window.scene.title.get_text() == "step 3" and window.scene.samples.get_offsets().shape == (50, 2)
-    for ax in window.pyplot.gcf().axes[:2]:
-        assert ax.get_xlim() == ax.get_ylim() == (-plots.LIMIT, plots.LIMIT) and ax.get_aspect() == 1
+    assert window.scene.title.get_text() == "step 3"
     window.pyplot.close("all")
 
 
 def test_the_movie_moves(tmp_path):
+    from PIL import Image, ImageChops
+
     field = torch.zeros(len(plots.field_points()), 2)
-    places = [torch.full((20, 2), 0.5 * i) for i in range(3)]
-    snapshots = [{"step": i, "samples": x, "field": field + 0.1 * i} for i, x in enumerate(places)]
+    snapshots = [
+        {"step": i, "samples": torch.full((20, 2), 0.5 * i), "field": field + 0.1 * i} for i in range(3)
+    ]
     history = [{"step": i, "energy_distance": 10.0**-i} for i in range(3)]
     plots.convergence_gif(tmp_path / "a.gif", snapshots, history, (torch.randn(50, 2), field, 1e-3, 2))
     with Image.open(tmp_path / "a.gif") as movie:
-        frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(movie)]
+        frames = []
+        for i in range(movie.n_frames):
+            movie.seek(i)
+            frames.append(movie.convert("RGB"))
     assert len(frames) == 3
     for one, other in zip(frames, frames[1:]):  # every panel changes
         left, _, right, _ = ImageChops.difference(one, other).getbbox()
