@@ -555,6 +555,9 @@ def test_the_core_imports_torch_and_the_standard_library_only():
     assert modules == {"math", "dataclasses", "functools", "torch"}
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.6."), reason="torch 2.6 cannot compile isinstance of a union"
+)
 @pytest.mark.parametrize("name", sim.DISTANCES)
 def test_under_torch_compile(name):
     x0, sigma, noise = batch(4, 3)
