@@ -24,7 +24,7 @@ class Distiller:
     def __init__(self, cfg, accelerator, teacher, fake, generator, condition):
         self.cfg, self.accelerator, self.device = cfg, accelerator, accelerator.device
         self.shape, self.sigma_data, self.condition = fake.shape, fake.sigma_data, condition
-        betas, sharded = (cfg.beta1, cfg.beta2), cfg.sharded
+        betas, sharded = (cfg.beta1, cfg.beta2), cfg.sharding == "fsdp"
         self.teacher = shard(teacher.requires_grad_(False), sharded)
         self.fake = Trainee(accelerator, fake, schedule(cfg, cfg.fake_lr), betas, sharded)
         average = copy.deepcopy(generator)  # before it is sharded

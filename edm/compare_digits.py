@@ -38,7 +38,7 @@ from edm.config import (
     fitting,
     settings,
 )
-from edm.files import write_json
+from edm.files import replacing, write_json
 from edm.images import checkpoints
 from edm.images.data import load_images
 from edm.images.sampler import fixed_latents, heun
@@ -243,17 +243,17 @@ def report(args, students, teachers):
     if not {row["arm"] for row in rows} > {"teacher"}:
         raise UserError(f"nothing is recorded in {out} for these settings")
     floor = json.loads(scores_path(teachers[0]).read_text())["floor_fd"]
-    with checkpoints.replacing(out / "study.csv") as path, open(path, "w", newline="") as file:
+    with replacing(out / "study.csv") as path, open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
     found = final(rows)
-    with checkpoints.replacing(out / "study.md") as path:
+    with replacing(out / "study.md") as path:
         path.write_text(table(found, floor, args))
     folders = {arm: Path(cfg.out) for (arm, seed), cfg in students.items() if seed == 0}
     folders |= {"teacher": Path(teachers[0].out)}
     pictures = {arm: folder / "ten.png" for arm, folder in folders.items() if (folder / "ten.png").exists()}
-    with checkpoints.replacing(out / "study.png") as path:
+    with replacing(out / "study.png") as path:
         figure_of(rows, floor, pictures, FIGURE2).savefig(path, format="png")
     done = len({(row["arm"], row["seed"]) for row in rows if row["arm"] != "teacher"})
     print(f"{done} of {len(students)} runs; look at {out}/study.png, study.md and study.csv")

@@ -129,9 +129,7 @@ class Training:
     every: int = option(20_000, "images between two checkpoints, with sample grids")
     keep: int = option(2, "checkpoints to keep")
 
-    @property
-    def sharded(self):
-        return getattr(self, "sharding", "ddp") == "fsdp"
+    sharding = "ddp"  # no option, but of text-to-image
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,11 @@ from edm.training.trainee import compiled, make_accelerator
 def distil(cfg, kind):
     """Load or train a teacher, build, train, finish; all is in cfg.out at the end.  Returns the exit code.
 
-    kind: `Images`, or what distill_pixart.py has in its place.
+    kind      `Images`, or distill_pixart.py's `Prompts`; kind(cfg, accelerator) refuses wrong files
+    shared    the settings that a teacher of its own takes over, from data; it leaves teacher_file
+    load      load(path of a teacher), after which path is known
+    build     build() -> the task, of which pictures(run, task) and score(run, task) or None are looked at
+    finish    finish(run, task, path) writes the generator -> numbers, of which words(numbers) tells in lines
     """
     check(cfg)
     cfg = dataclasses.replace(cfg, out=cfg.out or f"out/edm/{cfg.preset}-{cfg.seed}")
@@ -186,9 +190,7 @@ class Images:
             checkpoints.save(path, task.ema.network.denoiser, **notes(self.cfg, self.path, self.cfg.steps))
         self.accelerator.wait_for_everyone()
         numbers = compare(self.cfg, path, self.path) if self.cfg.data else {}
-        if (
-            self.best and "steps" in self.best.found
-        ):  # else, after a finished run, there was nothing to choose
+        if self.best and "steps" in self.best.found:  # else the run was finished: nothing to choose from
             numbers |= {"best_fd": self.best.found["fd"], "best_step": self.best.found["steps"]}
         return numbers
 

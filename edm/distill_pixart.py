@@ -23,6 +23,7 @@ from edm.algorithm2 import Distiller
 from edm.config import TEACHERS, TEXT_DISTILLATIONS, TextDistillation, UserError, command_line
 from edm.device import total_memory
 from edm.distill import distil, notes
+from edm.images import checkpoints
 from edm.images.networks import Generator
 from edm.images.sampler import latents
 from edm.quality import captions
@@ -162,7 +163,7 @@ class Prompts:
         teacher, _ = pixart_files.load_transformer(cfg.transformer or self.path, like=self.path)
         student = copy.deepcopy(teacher)
         student.load_state_dict({k.removeprefix("denoiser.transformer."): v for k, v in weights.items()})
-        pixart_files.save_student(path, student, **notes(cfg, self.path, cfg.steps))
+        checkpoints.save(path, student, **notes(cfg, self.path, cfg.steps))
         if cfg.preset != "pixart-digits" or not isinstance(self.source, TextEncoder):
             return {}
         generator = Generator(PixArtDenoiser(student), cfg.sigma_init).to(task.device)

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from edm import sample_pixart
 from edm.config import DEVICE, LEAST_IMAGES, SIGMA_INIT, UserError, command_line, option
 from edm.device import find_device
+from edm.files import replacing
 from edm.images import checkpoints
 from edm.images.data import load_fitting
 from edm.quality.judge import Judge
@@ -215,7 +216,7 @@ def main(cfg):
     result = compare(cfg)
     if PartialState().is_main_process:
         print(table(result) if cfg.prompts is None else text_table(result))
-        with checkpoints.replacing(cfg.out) as temporary:
+        with replacing(cfg.out) as temporary:
             entries = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in result.items())
             temporary.write_text("{\n" + ",\n".join(entries) + "\n}\n")
         print(f"wrote {cfg.out}")

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from edm.config import DEVICE, SIGMA_INIT, UserError, command_line, option
 from edm.device import find_device
+from edm.files import replacing
 from edm.images import checkpoints
 from edm.images.sampler import make_sampler, parse_seeds, sample_batches
 from edm.training import plots
@@ -61,7 +62,7 @@ def save_folder(out, seeds, images):
 
 def save_file(out, seeds, images, labels):
     """One file of everything, atomically."""
-    with checkpoints.replacing(out) as path:
+    with replacing(out) as path:
         if kind_of(out) == "grid":
             plots.grid(images, columns=math.ceil(math.sqrt(len(images)))).save(path)
         else:

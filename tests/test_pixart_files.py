@@ -19,6 +19,7 @@ from diffusers import (
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from edm.config import UserError
+from edm.images.checkpoints import save
 from edm.images.networks import Generator
 from edm.images.sampler import latents
 from edm.text.pixart import PixArtDenoiser
@@ -26,7 +27,6 @@ from edm.text.pixart_files import (
     find_pipeline,
     load_transformer,
     one_step_scheduler,
-    save_student,
     sigma_init_of,
     write_pipeline,
 )
@@ -96,7 +96,7 @@ def conditions(network, batch=3, seed=0):
 @pytest.mark.parametrize("changes", [{}, dict(sample_size=128, num_layers=1)], ids=["512", "1024"])
 def test_a_student_comes_back_exactly_with_its_notes(tmp_path, changes):
     network, path = tiny(**changes).requires_grad_(True), tmp_path / "student.safetensors"
-    save_student(path, network, sigma_init=2.5, teacher="a/b", step=3)
+    save(path, network, sigma_init=2.5, teacher="a/b", step=3)
     found, about = load_transformer(path)
     assert about == {"sigma_init": 2.5, "teacher": "a/b", "step": 3}
     assert_same(found, network)
@@ -110,7 +110,7 @@ def test_a_student_comes_back_exactly_with_its_notes(tmp_path, changes):
 
 def test_a_student_of_bfloat16_is_written_as_float32(tmp_path):
     network = tiny()
-    save_student(tmp_path / "s.safetensors", network.to(torch.bfloat16), sigma_init=2.5)
+    save(tmp_path / "s.safetensors", network.to(torch.bfloat16), sigma_init=2.5)
     assert {t.dtype for t in safetensors.torch.load_file(tmp_path / "s.safetensors").values()} == {
         torch.float32
     }
@@ -121,7 +121,7 @@ def test_a_student_of_bfloat16_is_written_as_float32(tmp_path):
 def test_the_loaded_network_is_not_a_view_of_the_file(tmp_path, kind):
     source = path = tmp_path / "file"
     if kind == "student":
-        save_student(path, tiny(), sigma_init=2.5)
+        save(path, tiny(), sigma_init=2.5)
     elif kind == "folder":
         tiny().save_pretrained(tmp_path / "transformer")
         source, path = tmp_path, tmp_path / WEIGHTS
@@ -395,7 +395,7 @@ def test_code_in_a_file_is_not_run(tmp_path, name, zipped):
 
 
 def test_damaged_files(tmp_path):
-    save_student(tmp_path / "s.safetensors", tiny(), sigma_init=2.5)
+    save(tmp_path / "s.safetensors", tiny(), sigma_init=2.5)
     torch.save(original_by_hand(tiny()), tmp_path / "o.pth")
     for name in ("s.safetensors", "o.pth"):
         whole = (tmp_path / name).read_bytes()
@@ -506,7 +506,7 @@ def test_the_schedulers_one_step(sigma_init):
 @pytest.mark.parametrize("sigma_init", [2.5, 1.3])
 def test_exported_pipeline_draws_the_generators_image(tmp_path, pipeline, sigma_init):
     student, prompts = tiny(seed=5), ["a red fox", "the blue boat in snow"]
-    save_student(tmp_path / "s.safetensors", student, sigma_init=sigma_init)
+    save(tmp_path / "s.safetensors", student, sigma_init=sigma_init)
     export_pipeline(tmp_path / "s.safetensors", pipeline, tmp_path / "deeper" / "out")
     pipe = PixArtAlphaPipeline.from_pretrained(tmp_path / "deeper" / "out")
     pipe.set_progress_bar_config(disable=True)
@@ -528,7 +528,7 @@ def test_exported_pipeline_draws_the_generators_image(tmp_path, pipeline, sigma_
 
 
 def test_exported_folder_is_whole_and_its_own(tmp_path, pipeline):
-    save_student(tmp_path / "s.safetensors", tiny(seed=5), sigma_init=2.5)
+    save(tmp_path / "s.safetensors", tiny(seed=5), sigma_init=2.5)
     before = {p: p.read_bytes() for p in pipeline.rglob("*") if p.is_file()}
     export_pipeline(tmp_path / "s.safetensors", pipeline, tmp_path / "out")
     assert {p: p.read_bytes() for p in pipeline.rglob("*") if p.is_file()} == before
@@ -544,7 +544,7 @@ def test_exported_folder_is_whole_and_its_own(tmp_path, pipeline):
 
 def test_export_of_links_and_across_disks(tmp_path, pipeline, monkeypatch):
     """The hub's cache is of links; and where there can be no hard links there are copies."""
-    save_student(tmp_path / "s.safetensors", tiny(), sigma_init=2.5)
+    save(tmp_path / "s.safetensors", tiny(), sigma_init=2.5)
     for path in pipeline.rglob("*"):
         if path.is_file():
             link = tmp_path / "cache" / path.relative_to(pipeline)
@@ -576,11 +576,11 @@ def test_export_refuses(tmp_path, pipeline, monkeypatch):
         assert not [*tmp_path.glob("tmp-*")]
 
     for sigma_init in (None, -1, "2.5", float("nan"), True):
-        save_student(student, tiny(), sigma_init=sigma_init)
+        save(student, tiny(), sigma_init=sigma_init)
         export("s.safetensors: not a student: its notes have sigma_init=")
-    save_student(student, tiny(caption_channels=16), sigma_init=2.5)
+    save(student, tiny(caption_channels=16), sigma_init=2.5)
     export("its captions are 32 wide, the student's 16")
-    save_student(student, tiny(), sigma_init=2.5)
+    save(student, tiny(), sigma_init=2.5)
     export("has no tokenizer, so is not a whole pipeline", teacher=pipeline / "transformer")
     export("s.safetensors: not a folder", teacher=student)
     export("no such file or folder", teacher=tmp_path / "nothing")

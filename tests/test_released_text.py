@@ -16,11 +16,12 @@ from test_pixart_files import make_pipeline, random_
 
 from edm import sample_pixart
 from edm.config import command_line
+from edm.images.checkpoints import save
 from edm.images.data import to_uint8
 from edm.images.networks import Generator
 from edm.images.sampler import latents
 from edm.text.pixart import PixArtDenoiser, decode
-from edm.text.pixart_files import load_transformer, load_vae, save_student
+from edm.text.pixart_files import load_transformer, load_vae
 from edm.text.prompts import TextEncoder
 
 ROOT = Path(__file__).parents[1]
@@ -112,7 +113,7 @@ def test_what_is_missing_or_wrong_is_told_in_one_line(teacher, tmp_path, monkeyp
 
 def test_a_noted_sigma_init_is_not_contradicted(teacher, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    save_student("s.safetensors", load_transformer(teacher)[0], sigma_init=2.5, teacher=str(teacher))
+    save("s.safetensors", load_transformer(teacher)[0], sigma_init=2.5, teacher=str(teacher))
     assert run("--student", "s.safetensors", "--sigma-init", "2.0", "--out", "new") == 2
     assert "--sigma-init 2.0: but s.safetensors was distilled at 2.5\n" in capsys.readouterr().err
     assert run("--student", "s.safetensors", "--sigma-init", "2.5", "--out", "new.png", "--prompts", "a") == 0

@@ -17,12 +17,13 @@ from test_pixart_files import make_pipeline, tiny
 
 from edm import sample_pixart
 from edm.config import UserError, command_line
+from edm.images.checkpoints import save
 from edm.images.data import to_uint8
 from edm.images.networks import Generator
 from edm.images.sampler import latents
 from edm.text import sampler
 from edm.text.pixart import PixArtDenoiser
-from edm.text.pixart_files import load_transformer, save_student
+from edm.text.pixart_files import load_transformer
 from edm.text.prompts import TextEncoder
 
 ROOT = Path(__file__).parents[1]
@@ -35,12 +36,12 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sample")
     make_pipeline(folder / "teacher")
     student = tiny(seed=5)
-    save_student(folder / "student.safetensors", student, sigma_init=2.5, teacher=str(folder / "teacher"))
-    save_student(folder / "alone.safetensors", student, sigma_init=2.5)
-    save_student(folder / "none.safetensors", student, teacher=str(folder / "teacher"))
-    save_student(folder / "moved.safetensors", student, sigma_init=2.5, teacher="gone/far/away")
+    save(folder / "student.safetensors", student, sigma_init=2.5, teacher=str(folder / "teacher"))
+    save(folder / "alone.safetensors", student, sigma_init=2.5)
+    save(folder / "none.safetensors", student, teacher=str(folder / "teacher"))
+    save(folder / "moved.safetensors", student, sigma_init=2.5, teacher="gone/far/away")
     narrow = tiny(seed=5, caption_channels=16)
-    save_student(folder / "narrow.safetensors", narrow, sigma_init=2.5, teacher=str(folder / "teacher"))
+    save(folder / "narrow.safetensors", narrow, sigma_init=2.5, teacher=str(folder / "teacher"))
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     (folder / "empty.txt").write_text("\n \n")
     (folder / "binary.txt").write_bytes(bytes(range(256)))
@@ -187,7 +188,7 @@ def test_rows_of_the_sheet(folder, here, monkeypatch):
 
 
 def test_guidance_pipeline_and_another_teacher(folder, here):
-    save_student("other.safetensors", tiny(seed=9), sigma_init=2.5)
+    save("other.safetensors", tiny(seed=9), sigma_init=2.5)
     how = dict(
         teacher="other.safetensors", steps=3, guidance=2.0, seeds=3, student=folder / "moved.safetensors"
     )

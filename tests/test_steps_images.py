@@ -11,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from edm import distill, train_teacher
-from edm.config import MACHINE, Distillation, TeacherTraining
+from edm.config import MACHINE, TEACHERS, Distillation, TeacherTraining, command_line
 from edm.images.data import Images
 from edm.images.networks import EDMPrecond
 from edm.training.trainee import make_accelerator
@@ -237,3 +237,34 @@ def test_every_option_has_its_case(cls, cases):
         *"preset teacher data samples evaluate_every every precision vae_steps".split()
     }  # of no one step
     assert {[*options][-1] for options in cases if options} == names
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--vae-steps 5", "--vae-steps is for the preset pixart-digits"),
+        ("--preset pixart-digits --data digits", "preset pixart-digits has data of its own"),
+        ("--preset pixart-digits --flip", "preset pixart-digits has data of its own"),
+        ("--preset pixart-digits --vae-steps 0", "--vae-steps must be at least 1, got 0"),
+        ("--preset cifar10-cond", "preset cifar10-cond needs --data"),
+    ],
+)
+def test_a_teacher_refuses_what_its_kind_does_not_have(words, message, tmp_path, capsys):
+    given = [*words.split(), "--device", "cpu", "--out", str(tmp_path / "new")]
+    assert command_line(train_teacher.main, TeacherTraining, "", given, TEACHERS) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1 and not (tmp_path / "new").exists()
+
+
+def test_vae_steps_are_the_vaes(monkeypatch, tmp_path):
+    class Heeded(Exception):
+        pass
+
+    def train_vae(images, steps):
+        raise Heeded(steps)
+
+    monkeypatch.setattr("edm.text.digits.train_vae", train_vae)
+    for words, steps in (([], 300), (["--vae-steps", "7"], 7)):
+        given = ["--preset", "pixart-digits", "--device", "cpu", "--out", str(tmp_path / str(steps)), *words]
+        with pytest.raises(Heeded, match=str(steps)):
+            command_line(train_teacher.main, TeacherTraining, "", given, TEACHERS)

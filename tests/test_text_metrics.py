@@ -17,8 +17,8 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 
 from edm import evaluate, sample_pixart
 from edm.config import UserError, command_line
+from edm.images.checkpoints import save
 from edm.quality.text_metrics import Clip, clip_score, load_aesthetic
-from edm.text.pixart_files import save_student
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ["a red fox", "the blue boat", "in the snow, a fox", "a boat", "the red snow"]
@@ -60,11 +60,9 @@ def folder(tmp_path_factory):
     make_clip(folder / "clip")
     torch.save(head(), folder / "head.pth")
     make_pipeline(folder / "teacher")
-    save_student(
-        folder / "student.safetensors", tiny(seed=5), sigma_init=2.5, teacher=str(folder / "teacher")
-    )
-    save_student(folder / "alone.safetensors", tiny(seed=5), sigma_init=2.5)
-    save_student(folder / "foreign.safetensors", tiny(seed=5))
+    save(folder / "student.safetensors", tiny(seed=5), sigma_init=2.5, teacher=str(folder / "teacher"))
+    save(folder / "alone.safetensors", tiny(seed=5), sigma_init=2.5)
+    save(folder / "foreign.safetensors", tiny(seed=5))
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     (folder / "one.txt").write_text(PROMPTS[0])
     return folder

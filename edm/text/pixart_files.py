@@ -1,7 +1,7 @@
 """Weights of PixArt on disk: diffusers' folders, the original files, and our own students.
 
     transformer, about = load_transformer("PixArt-alpha/PixArt-XL-2-512x512")  # a folder, a file, a name
-    save_student("generator.safetensors", transformer, sigma_init=2.5, teacher="...")
+    checkpoints.save("generator.safetensors", transformer, sigma_init=2.5, teacher="...")
 
 Students are files of `edm.images.checkpoints.save`, with sigma_init in their notes.
 Every tensor of a file must find its place, and every place its tensor.  Nothing in a file is executed.
@@ -21,12 +21,11 @@ import torch
 
 from edm.config import UserError
 from edm.files import naming
-from edm.images.checkpoints import check_weights, is_safetensors, read_safetensors, save, some
+from edm.images.checkpoints import check_weights, is_safetensors, read_safetensors, some
 from edm.images.pth import read_pth
 from edm.text.pixart import PixArtDenoiser, sigma_of_t
 from edm.text.pixart_names import POSITIONS, from_original
 
-save_student = save
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OLD_NULL = "caption_projection.y_embedding"  # the null caption, which old versions of diffusers kept
@@ -37,7 +36,7 @@ def load_transformer(source, heads=None, like=None):
     """-> (PixArtTransformer2DModel on the CPU, eval mode, float32, gradients off; dict of notes).
 
     source: a folder of a diffusers pipeline or of its transformer, the name of a pipeline on the hub, a
-    file of `save_student`, or one in PixArt's own naming (.pth or .safetensors), such as the released
+    student, or one in PixArt's own naming (.pth or .safetensors), such as the released
     SIM-DiT.  The latter do not tell the number of attention heads: `heads`, or that of `like`, a pipeline's
     folder with a transformer as wide, or 16 at width 1,152 (XL).  Notes are empty but for our own files.
     Raises UserError, in one line that names the source.

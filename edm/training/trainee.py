@@ -34,7 +34,7 @@ def make_accelerator(cfg):
         accelerator = Accelerator(cpu=kind == "cpu", mixed_precision=cfg.precision, kwargs_handlers=handlers)
     except ValueError as error:  # an old macOS has no bf16
         raise UserError(f"--precision {cfg.precision}: {error}") from None
-    if cfg.sharded and (accelerator.num_processes == 1 or cfg.precision == "fp16"):
+    if cfg.sharding == "fsdp" and (accelerator.num_processes == 1 or cfg.precision == "fp16"):
         raise UserError("--sharding fsdp is for several processes (torchrun), in bf16 or float32")
     if cfg.batch % accelerator.num_processes:
         raise UserError(f"--batch {cfg.batch} does not divide over {accelerator.num_processes} processes")
