@@ -176,7 +176,8 @@ def wait_for(condition):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in Linux's /proc")
 def test_a_stopped_and_killed_study_ends_as_if_left_alone(tmp_path):
-    words = "--arms default bf16 --seeds 1 --steps 72 --teacher-steps 10 --samples 20 --jobs 2 --out".split()
+    words = "--arms default no-share --seeds 1 --steps 72 --teacher-steps 9 --samples 20 --jobs 2"
+    words = [*words.split(), "--out"]
     for number in (signal.SIGINT, signal.SIGKILL):
         process = start(*words, "stopped")
         wait_for(lambda: any(b'"12"' in p.read_bytes() for p in Path("stopped").glob("runs/*/scores.json")))

@@ -177,3 +177,14 @@ def test_levels_in_float32_choose_the_same_steps(monkeypatch):
     sigma = torch.cat([near, *(torch.nextafter(near, near * end) for end in (0, 2))])
     assert torch.equal(low.timestep(sigma), exact.timestep(sigma))
     assert len(sigma_of_t()) == 1000
+
+
+@pytest.mark.parametrize("capability, precision, words", [
+    ("AVX2", "bf16", "warning: on this CPU bf16 is slower than float32\n"), ("AVX2", "no", ""),
+    ("AVX512", "bf16", ""), ("DEFAULT", "bf16", "")])  # fmt: skip
+def test_bf16_without_its_instructions_is_warned_of(capability, precision, words, monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    AcceleratorState._reset_state(True)
+    make_accelerator(small.config(precision=precision))
+    AcceleratorState._reset_state(True)
+    assert capsys.readouterr().err == words
