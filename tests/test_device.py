@@ -179,12 +179,8 @@ def test_levels_in_float32_choose_the_same_steps(monkeypatch):
     assert len(sigma_of_t()) == 1000
 
 
-@pytest.mark.parametrize("capability, precision, words", [
-    ("AVX2", "bf16", "warning: on this CPU bf16 is slower than float32\n"), ("AVX2", "no", ""),
-    ("AVX512", "bf16", ""), ("DEFAULT", "bf16", "")])  # fmt: skip
-def test_bf16_without_its_instructions_is_warned_of(capability, precision, words, monkeypatch, capsys):
+@pytest.mark.parametrize("kind, capability, slow", [
+    ("cpu", "AVX2", True), ("cpu", "AVX512", False), ("cuda", "AVX2", False)])  # fmt: skip
+def test_where_bf16_is_slow(kind, capability, slow, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    AcceleratorState._reset_state(True)
-    make_accelerator(small.config(precision=precision))
-    AcceleratorState._reset_state(True)
-    assert capsys.readouterr().err == words
+    assert device.slow_in_bf16(kind) == slow

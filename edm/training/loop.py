@@ -8,7 +8,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from edm.config import UserError
-from edm.device import peak_memory
+from edm.device import peak_memory, slow_in_bf16
 from edm.training import plots
 from edm.training.run import stop_on_signal
 
@@ -59,6 +59,8 @@ def train(cfg, accelerator, task, run, look, picture, name, score=None):
     picture  picture(step), called with every checkpoint, on every process: networks may be in shares
     score    score(step) -> more numbers, every cfg.evaluate_every images and at the end, on every process
     """
+    if cfg.precision == "bf16" and slow_in_bf16(accelerator.device.type):
+        accelerator.print("warning: on this CPU bf16 is slower than float32", file=sys.stderr)
     state = run.load(accelerator.print) if cfg.resume else None
     start = state["step"] if state else 0
     if state:

@@ -7,7 +7,6 @@ depends neither on the number of processes nor on interruptions, and there is no
 import contextlib
 import math
 import os
-import sys
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from torch.distributed.checkpoint import state_dict as whole
 from torch.distributed.fsdp import fully_shard
 
 from edm.config import UserError
-from edm.device import find_device, slow_in_bf16
+from edm.device import find_device
 
 
 def make_accelerator(cfg):
@@ -35,8 +34,6 @@ def make_accelerator(cfg):
         accelerator = Accelerator(cpu=kind == "cpu", mixed_precision=cfg.precision, kwargs_handlers=handlers)
     except ValueError as error:  # an old macOS has no bf16
         raise UserError(f"--precision {cfg.precision}: {error}") from None
-    if cfg.precision == "bf16" and slow_in_bf16(kind):
-        accelerator.print("warning: on this CPU bf16 is slower than float32", file=sys.stderr)
     if cfg.sharding == "fsdp" and (accelerator.num_processes == 1 or cfg.precision == "fp16"):
         raise UserError("--sharding fsdp is for several processes (torchrun), in bf16 or float32")
     if cfg.batch % accelerator.num_processes:
