@@ -11,8 +11,6 @@ then numbers, not estimates, for a real neural generator: no sampling, no traini
 to hide behind.  Everything measured here calls `sim_core` as training does.
 """
 
-import argparse
-import json
 import math
 import sys
 import time
@@ -25,6 +23,8 @@ from torch import nn
 from tqdm import tqdm
 
 import sim_core as sim
+from toy import command
+from toy.files import UserError, check_writable, write_json
 from toy.mixtures import Mixture
 
 SIGMA = 0.7  # one noise level; nothing depends on which
@@ -355,32 +355,30 @@ def print_report(rows, checks, extra, monte_carlo):
 
 def parse_args(argv=None):
     """Command line -> Namespace; what cannot be written is refused before the work."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = command.Parser(__doc__)
     number, path, add = dict(type=int), dict(type=Path), parser.add_argument
-    add("--seed", default=0, **number, help="of generator, teacher and latents (default 0)")
+    add("--seed", default=0, **number, within="seed", help="of generator, teacher and latents (default 0)")
     threads = "CPU threads (default 1: tensors this small gain nothing from more)"
-    add("--threads", default=1, **number, help=threads)
+    add("--threads", default=1, **number, within="threads", help=threads)
     quick = "a coarser figure, fewer samples: half a minute, same verdicts"
     add("--quick", action="store_true", help=quick)
     add("--json", **path, metavar="FILE", help="write every number here too")
     add("--out", default=Path("out"), **path, metavar="DIR", help="folder of the figure (default out)")
     args = parser.parse_args(argv)
-    if args.threads < 1:
-        parser.error(f"--threads must be at least 1, got {args.threads}")
-    try:
-        for folder in filter(None, (args.out, args.json and args.json.parent)):
-            folder.mkdir(parents=True, exist_ok=True)
-        if args.json:
-            args.json.touch()
-    except OSError as error:
-        parser.error(f"cannot write: {error}")
+    for file in filter(None, (args.out / "verify_identity.png", args.json)):
+        check_writable(file)
+    if args.json and args.json.exists() and '"full_gradient"' not in args.json.read_text("utf-8", "replace"):
+        raise UserError(f"{args.json}: exists already, and is no report of this command; choose another name")
     return args
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    torch.set_num_threads(args.threads)
+    return command.run(lambda: verify(parse_args(argv)))
+
+
+def verify(args):
+    """All checks -> the exit code."""
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     start, bed = time.perf_counter(), TestBed(args.seed)
     grids, batches = ([25, 50, 100], 20) if args.quick else ([25, 50, 100, 160], 50)
     rows, curves = {}, {}
@@ -404,7 +402,7 @@ def main(argv=None):
         report |= {"distances": rows, "full_gradient": extra, "monte_carlo": monte_carlo}
         report["checks"] = {name: dict(error=error, tolerance=limit) for name, error, limit in checks}
         report["convergence"] = {"nodes": grids, **curves}
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(args.json, report)
     return 0 if ok else 1
 
 

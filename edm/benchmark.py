@@ -30,21 +30,23 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import sim_core as sim
-from edm.config import DEVICE, DISTILLATIONS, PRESETS, Distillation, UserError, command_line, option
+from edm.config import DEVICE, DISTILLATIONS, PRESETS, Distillation, command_line
 from edm.device import peak_memory, synchronise
 from edm.distill import build
 from edm.images.networks import EDMPrecond, Generator
 from edm.training.trainee import make_accelerator
+from toy.command import option
+from toy.files import UserError
 
 
 @dataclass(frozen=True)
 class Settings:
     preset: str = option("cifar10-uncond", "whose network", PRESETS)
-    batch: int = option(8, "images per step")
-    steps: int = option(3, "timed steps of a process, after a first that is not timed")
-    rounds: int = option(2, "processes of each variant, in turns")
+    batch: int = option(8, "images per step", within="many")
+    steps: int = option(3, "timed steps of a process, after a first that is not timed", within="count")
+    rounds: int = option(2, "processes of each variant, in turns", within="count")
     compile: bool = option(False, "also torch.compile: minutes more")
-    threads: int = option(0, "CPU threads; 0: torch's choice")
+    threads: int = option(0, "CPU threads; 0: torch's choice", within="threads")
     device: str = option(*DEVICE)
     variant: str = option(None, "run this one alone and print JSON", ("plain", "float32", "bf16", "compiled"))
     gradients: str = option(None, "with --variant, but not plain: file for the first step's gradients")

@@ -16,29 +16,15 @@ records.  Nothing in the file runs, and its source code is never looked at.
 
 import json
 import sys
-from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
 
-from edm.config import SIGMA_INIT, Parser, UserError
+from edm.config import SIGMA_INIT
 from edm.images.checkpoints import load, save
-
-# ----------------------------------------------------------------------------------------------
-# Our own format.
-
-
-# ----------------------------------------------------------------------------------------------
-# From a config that may be damaged or hostile to a network.
-
-
-# ----------------------------------------------------------------------------------------------
-# EDM's .pkl: records instead of objects, then weights out of records.
-
-
-# ----------------------------------------------------------------------------------------------
-# Command line.
+from toy import command
+from toy.files import UserError
 
 
 def describe(network):
@@ -64,24 +50,22 @@ def show(args):
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = command.Parser(__doc__)
     commands = parser.add_subparsers(required=True, metavar="{convert,show}")
     for function, help in (
         (convert, "write a file's network as .safetensors"),
         (show, "print what is in a file: config, notes, number of parameters"),
     ):
-        command = commands.add_parser(function.__name__, help=help, description=help)
-        command.set_defaults(run=function)
-        command.add_argument("file", type=Path, help="a .pkl of EDM, or a .safetensors of ours")
-    command = commands.choices["convert"]
-    command.add_argument("output", type=Path, help="file to write; must not exist yet")
-    command.add_argument("--sigma-init", type=float, metavar="SIGMA", help=f"to be noted: {SIGMA_INIT}")
+        added = commands.add_parser(function.__name__, help=help, description=help)
+        added.set_defaults(run=function)
+        added.add_argument("file", type=Path, help="a .pkl of EDM, or a .safetensors of ours")
+    added = commands.choices["convert"]
+    added.add_argument("output", type=Path, help="file to write; must not exist yet")
+    added.add_argument("--sigma-init", type=float, within="positive", metavar="SIGMA",
+                       help=f"to be noted: {SIGMA_INIT}")  # fmt: skip
     args = parser.parse_args(argv)
-    try:
-        args.run(args)
-    except (UserError, OSError) as error:  # OSError: the disk is full, or gone
-        parser.error(str(error))
+    return command.run(lambda: args.run(args))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,8 +10,6 @@ score is the Fréchet distance of the moving average's one-step samples in the f
 classifier, at a few instants of the training.  A study that was stopped, or killed, goes on where it was.
 """
 
-import argparse
-import csv
 import json
 import multiprocessing
 import os
@@ -29,16 +27,14 @@ from tqdm import tqdm
 from edm import distill, evaluate, train_teacher
 from edm.config import (
     DISTILLATIONS,
+    LEAST_IMAGES,
     TEACHERS,
     Distillation,
-    Parser,
     TeacherTraining,
-    UserError,
     check,
     fitting,
     settings,
 )
-from edm.files import replacing, write_json
 from edm.images import checkpoints
 from edm.images.data import load_images
 from edm.images.sampler import fixed_latents, heun
@@ -46,8 +42,10 @@ from edm.quality.judge import Judge
 from edm.quality.study_report import SCORES, figure_of, final, table
 from edm.training import plots
 from edm.training.loop import Diverged, train
-from edm.training.run import Run, versions
+from edm.training.run import Run
 from edm.training.trainee import make_accelerator
+from toy import command
+from toy.files import UserError, lock, replacing, versions, write_json, write_rows
 
 METHODS = {"sim": {}, "sid": dict(method="sid")}  # SiD with its alpha of 1.2
 FIGURE2 = {  # title of the panel -> its arms
@@ -66,15 +64,27 @@ LOOKS = 6  # scores of a run
 
 
 def parse_args(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.Parser(__doc__)
     add = parser.add_argument
     add("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM",
         help="of %(choices)s (default: all); -w is with w_SiD")  # fmt: skip
-    add("--seeds", type=int, default=3, help="how many: 0 to SEEDS - 1 (default %(default)s)")
-    add("--steps", type=int, default=300, help="of every distillation (default %(default)s)")
-    add("--teacher-steps", type=int, default=1000, help="of every teacher (default %(default)s)")
-    add("--samples", type=int, default=1797, help="behind every score (default %(default)s, as many as data)")
-    add("--jobs", type=int, default=os.cpu_count(),
+    add("--seeds", type=int, within="many", default=3, help="how many: 0 to SEEDS - 1 (default %(default)s)")
+    add("--steps", type=int, within="count", default=300, help="of every distillation (default %(default)s)")
+    add(
+        "--teacher-steps",
+        type=int,
+        within="count",
+        default=1000,
+        help="of every teacher (default %(default)s)",
+    )
+    add(
+        "--samples",
+        type=int,
+        within=command.at_least(LEAST_IMAGES),
+        default=1797,
+        help="behind every score (default %(default)s, as many as data)",
+    )
+    add("--jobs", type=int, within="threads", default=os.cpu_count(),
         help="worker processes of one thread each; 0: only report (default: as many as cores)")  # fmt: skip
     add("--out", default="out/edm/study", help="folder of the study (default %(default)s)")
     return parser.parse_args(argv)
@@ -86,8 +96,6 @@ def parse_args(argv=None):
 
 def plan(args):
     """{(arm, seed): Distillation} and {seed: TeacherTraining}.  UserError for what no run can have."""
-    if args.seeds < 1 or args.jobs < 0 or args.samples < 5:
-        raise UserError("need --seeds at least 1, --jobs at least 0 and --samples at least 5")
     out, common = Path(args.out), dict(threads=1, resume=True, keep=1)
     teacher, student = TEACHERS["digits"], DISTILLATIONS["digits"]
     teachers, students = {}, {}
@@ -136,7 +144,7 @@ def recorded(cfg):
 
 def judged_teacher(cfg, samples):
     """Train the teacher, then score it and the data's two halves."""
-    if train_teacher.main(cfg):
+    if train_teacher.main(cfg) not in (0, 130):
         raise UserError(f"the teacher in {cfg.out} failed")
     path = Path(cfg.out) / "teacher.safetensors"
     if path.exists():  # else a signal came
@@ -178,8 +186,10 @@ def judged_student(cfg):
         write_json(path, record | {"status": status, "versions": versions()})
 
 
-class Stopped(Exception):
-    """A worker ended with this exit code, having said why if it could."""
+class Stopped(UserError):
+    """A worker ended with an exit code, having said why if it could."""
+
+    code = 1
 
 
 def quietly(work, *args):
@@ -213,7 +223,7 @@ def work_off(jobs, name, todo):
         try:
             for future in as_completed([pool.submit(in_a_process, *work) for work in todo]):
                 if code := future.result():
-                    raise Stopped(code)
+                    raise Stopped(f"a run failed ({code}); the same command goes on")
                 bar.update()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -243,10 +253,7 @@ def report(args, students, teachers):
     if not {row["arm"] for row in rows} > {"teacher"}:
         raise UserError(f"nothing is recorded in {out} for these settings")
     floor = json.loads(scores_path(teachers[0]).read_text())["floor_fd"]
-    with replacing(out / "study.csv") as path, open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(out / "study.csv", rows)
     found = final(rows)
     with replacing(out / "study.md") as path:
         path.write_text(table(found, floor, args))
@@ -263,6 +270,8 @@ def report(args, students, teachers):
 def main(args):
     """Train what is missing, report on all.  Returns `final`'s numbers."""
     students, teachers = plan(args)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    held = lock(Path(args.out) / ".lock")  # noqa: F841, until the end
     if args.jobs:
         todo = [(judged_teacher, cfg, args.samples) for cfg in teachers.values() if not read_scores(cfg)]
         work_off(args.jobs, "teachers", todo)
@@ -272,18 +281,7 @@ def main(args):
 
 def cli(argv=None):
     """The command line: returns the exit code."""
-    try:
-        main(parse_args(argv))
-    except (UserError, OSError) as error:
-        print(f"compare_digits.py: error: {error}", file=sys.stderr)
-        return 2
-    except Stopped as error:
-        print(f"compare_digits.py: a run failed ({error}); the same command goes on", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("compare_digits.py: stopped; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    return command.run(lambda: main(parse_args(argv)) and 0, "stopped; the same command goes on")
 
 
 if __name__ == "__main__":

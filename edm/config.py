@@ -1,25 +1,12 @@
 """The settings of every run: documented dataclasses, the presets, and their command line."""
 
-import argparse
 import dataclasses
-import math
-import os
-import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import sim_core as sim
-
-
-class UserError(Exception):
-    """Something the user can put right: one line, exit code 2."""
-
-
-def option(default, help, choices=None, **more):
-    """A field of a settings dataclass.  more: as for argparse's add_argument."""
-    more |= {"help": help} | ({"choices": tuple(choices)} if choices else {})
-    return field(default=default, metadata=more)
-
+from toy.command import Parser, add_options, at_least, check_ranges, option, run
+from toy.files import UserError
 
 # ----------------------------------------------------------------------------------------------
 # Presets: one ladder, from minutes on a laptop to the paper's runs.
@@ -106,28 +93,36 @@ class Training:
 
     preset: str = option("digits", "defaults for all that follows, and the network", PRESETS)
     out: str = option(None, "folder of the run (default out/edm/PRESET-TASK-SEED)")
-    seed: int = option(0, "of everything random")
+    seed: int = option(0, "of everything random", within="seed")
     resume: bool = option(False, "go on from the newest good checkpoint in --out, or start")
     # optimisation
-    steps: int = option(None, "updates")
-    batch: int = option(128, "images per update, over all processes")
-    micro_batch: int = option(0, "images at a time on one process; 0: its whole share of the batch")
-    lr: float = option(1e-3, "learning rate")
-    lr_rampup: int = option(0, "images over which the learning rate grows to its value")
-    lr_end: float = option(1.0, "learning rates fall along a cosine to this share of theirs; 1: constant")
-    beta1: float = option(0.0, "Adam's first beta")
-    beta2: float = option(0.99, "Adam's second beta")
-    ema_halflife: int = option(4000, "half-life of the moving average of the weights, in images")
-    ema_rampup: float = option(0.05, "the half-life is at most this share of the images so far")
+    steps: int = option(None, "updates", within="count")
+    batch: int = option(128, "images per update, over all processes", within="many")
+    micro_batch: int = option(
+        0, "images at a time on one process; 0: its whole share of the batch", within="some"
+    )
+    lr: float = option(1e-3, "learning rate", within="positive")
+    lr_rampup: int = option(0, "images over which the learning rate grows to its value", within="some")
+    lr_end: float = option(
+        1.0, "learning rates fall along a cosine to this share of theirs; 1: constant", within="share"
+    )
+    beta1: float = option(0.0, "Adam's first beta", within="below one")
+    beta2: float = option(0.99, "Adam's second beta", within="below one")
+    ema_halflife: int = option(
+        4000, "half-life of the moving average of the weights, in images", within="count"
+    )
+    ema_rampup: float = option(
+        0.05, "the half-life is at most this share of the images so far", within="positive"
+    )
     # the machine
     device: str = option(*DEVICE)
     precision: str = option("no", "what the networks compute in; weights and losses stay float32 (no)",
                             ("no", "bf16", "fp16"))  # fmt: skip
     compile: bool = option(False, "torch.compile the networks; eager, with a message, where it cannot")
-    threads: int = option(0, "CPU threads; 0: torch's choice")
+    threads: int = option(0, "CPU threads; 0: torch's choice", within="threads")
     # the record
-    every: int = option(20_000, "images between two checkpoints, with sample grids")
-    keep: int = option(2, "checkpoints to keep")
+    every: int = option(20_000, "images between two checkpoints, with sample grids", within="count")
+    keep: int = option(2, "checkpoints to keep", within="count")
 
     sharding = "ddp"  # no option, but of text-to-image
 
@@ -138,9 +133,9 @@ class TeacherTraining(Training):
 
     preset: str = option("digits", "defaults for all that follows, and the network", TEACHERS)
     data: str = option(None, DATA)
-    beta1: float = option(0.9, "Adam's first beta")
+    beta1: float = option(0.9, "Adam's first beta", within="below one")
     flip: bool = option(False, "mirror images at random")
-    vae_steps: int = option(None, "of pixart-digits: updates of the VAE, which comes first")
+    vae_steps: int = option(None, "of pixart-digits: updates of the VAE, which comes first", within="count")
 
 
 @dataclass(frozen=True)
@@ -163,11 +158,11 @@ class Algorithm2(Training):
     weighting: str = option("one", "weight over sigma of the generator's loss", sim.WEIGHTINGS)
     fake_sigma_distribution: str = option("edm", "noise levels of the online update", sim.SIGMA_DISTRIBUTIONS)
     fake_weighting: str = option("edm", "weight over sigma of the online loss", ("one", "edm"))
-    fake_lr: float = option(2e-3, "learning rate of the online network")
-    fake_updates: int = option(1, "online updates per generator update")
-    warmup: int = option(0, "first steps, in which only the online network learns")
+    fake_lr: float = option(2e-3, "learning rate of the online network", within="positive")
+    fake_updates: int = option(1, "online updates per generator update", within="count")
+    warmup: int = option(0, "first steps, in which only the online network learns", within="some")
     share: bool = option(True, "the last online update and the generator's use the same samples: one forward")
-    sigma_init: float = option(2.5, "sigma* of the generator g(z) = D(sigma* z; sigma*)")
+    sigma_init: float = option(2.5, "sigma* of the generator g(z) = D(sigma* z; sigma*)", within="positive")
 
 
 @dataclass(frozen=True)
@@ -176,9 +171,14 @@ class Distillation(Algorithm2):
 
     teacher: str = option(None, "FILE.pkl of NVlabs or FILE.safetensors of ours; without one, it is trained")
     data: str = option(None, DATA)
-    samples: int = option(10_000, "samples behind metrics.json, where there are data to compare with")
+    samples: int = option(
+        10_000,
+        "samples behind metrics.json, where there are data to compare with",
+        within=at_least(LEAST_IMAGES),
+    )
     evaluate_every: int = option(0, "images between two Frechet distances of the average to --data, of which "
-                                 "the best is kept: a choice on the test data; 0: never")  # fmt: skip
+                                 "the best is kept: a choice on the test data; 0: never",
+                                 within="some")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -190,12 +190,16 @@ class TextDistillation(Algorithm2):
     transformer: str = option(None, "its transformer, if elsewhere: FILE in diffusers' or PixArt's naming")
     prompts: str = option(None, "FILE.txt, .jsonl or .csv (default: those of the pipeline's folder)")
     captions: str = option(None, "FILE.safetensors of `prompts.py encode`: features made beforehand")
-    guidance: float = option(1.0, "classifier-free guidance of the teacher; 1: none")
-    fake_guidance: float = option(1.0, "the same of the online network, in the generator's update")
+    guidance: float = option(1.0, "classifier-free guidance of the teacher; 1: none", within="positive")
+    fake_guidance: float = option(
+        1.0, "the same of the online network, in the generator's update", within="positive"
+    )
     sharding: str = option("ddp", "over processes: whole copies, or for big networks shares (fsdp)",
                            ("ddp", "fsdp"))  # fmt: skip
     checkpointing: bool = option(False, "gradient checkpointing: activations made again, for memory")
-    samples: int = option(1000, "samples of metrics.json, where a classifier can read them")
+    samples: int = option(
+        1000, "samples of metrics.json, where a classifier can read them", within=at_least(LEAST_IMAGES)
+    )
 
 
 # These decide no result; and these nothing of what a distillation trains, which sees no data.
@@ -222,25 +226,12 @@ def surrogate(cfg):
     return partial(loss, distance=sim.make_distance(cfg.distance, **given))
 
 
-RULES = (  # names, test, words
-    ("steps batch fake_updates keep every ema_halflife vae_steps", lambda v: v >= 1, "at least 1"),
-    ("samples", lambda v: v >= LEAST_IMAGES, f"at least {LEAST_IMAGES}"),
-    ("seed micro_batch lr_rampup threads warmup evaluate_every", lambda v: v >= 0, "0 or more"),
-    ("lr fake_lr sigma_init guidance fake_guidance", lambda v: 0 < v < math.inf, "positive"),
-    ("lr_end", lambda v: 0 <= v <= 1, "in [0, 1]"),
-    ("beta1 beta2", lambda v: 0 <= v < 1, "in [0, 1)"),
-    ("ema_rampup", lambda v: 0 < v < math.inf, "positive"),
-)
-
-
 def check(cfg):
     """Refuse impossible settings, each by its name.  Raises UserError."""
-    for names, fits, rule in RULES:
-        for name in names.split():
-            value = getattr(cfg, name, None)
-            if value is not None and not fits(value):
-                raise UserError(f"--{name.replace('_', '-')} must be {rule}, got {value}")
+    check_ranges(cfg)
     if isinstance(cfg, Algorithm2):
+        if cfg.warmup >= cfg.steps:
+            raise UserError(f"--warmup {cfg.warmup} leaves no update of the generator in --steps {cfg.steps}")
         try:
             surrogate(cfg)
         except ValueError as error:
@@ -257,24 +248,10 @@ def fitting(preset, /, method="sim", distance="pseudo_huber", **others):
     return {name: value for name, value in preset.items() if keep or name != "c"}
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def parse(cls, description, argv=None, presets=None):
     """Command line -> cls, a dataclass of options.  presets: {name: {field: value}}, for --preset."""
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in dataclasses.fields(cls):
-        about = dict(f.metadata)
-        if f.type is bool:
-            about["action"] = argparse.BooleanOptionalAction if f.default else "store_true"
-        else:
-            about["type"] = f.type
-            about["help"] += "" if f.default is None else " (default %(default)s)"
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **about)
+    parser = Parser(description)
+    add_options(parser, cls)
     if presets:
         chosen = vars(parser.parse_known_args(argv)[0])
         parser.set_defaults(**fitting(presets[chosen["preset"]], **chosen))
@@ -283,12 +260,4 @@ def parse(cls, description, argv=None, presets=None):
 
 def command_line(main, cls, description, argv=None, presets=None):
     """Parse, run main(cfg), return the exit code: 2 and one line for a wrong input."""
-    name = os.path.basename(sys.argv[0])
-    try:
-        return main(parse(cls, description, argv, presets)) or 0
-    except (UserError, OSError) as error:  # OSError: the disk is full, or gone
-        print(f"{name}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
-        return 130
+    return run(lambda: main(parse(cls, description, argv, presets)))

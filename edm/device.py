@@ -5,16 +5,25 @@ a test follows every step and looks for float64 on the device.
 """
 
 import os
-import resource
 import sys
 
 import psutil
 import torch
 from torch.overrides import TorchFunctionMode
 
-from edm.config import UserError
+from toy.files import UserError
 
 WITHOUT_FLOAT64 = {"mps"}
+
+
+def processes():
+    """How many torchrun has started, this one among them.  UserError for half of its variables."""
+    names = [name for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT") if os.environ.get(name)]
+    several = os.environ.get("WORLD_SIZE", "1")
+    if not several.isdecimal() or int(several) < 1 or (int(several) > 1 and len(names) < 4):
+        found = f"WORLD_SIZE {several!r}, and of torchrun's other variables {', '.join(names) or 'none'}"
+        raise UserError(f"{found}: unset it, or start with torchrun")
+    return int(several)
 
 
 def find_device(wanted):
@@ -22,7 +31,7 @@ def find_device(wanted):
 
     MPS is one device, and knows no collective operations: several processes do not get it.
     """
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    several = processes() > 1
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if wanted == "auto":
         return next(kind for kind in here if here[kind] and not (several and kind == "mps"))
@@ -70,6 +79,10 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return psutil.Process().memory_info().peak_wset
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -36,11 +36,10 @@ from edm.config import (
     TEACHERS,
     Distillation,
     TeacherTraining,
-    UserError,
     check,
     command_line,
+    settings,
 )
-from edm.files import write_json
 from edm.images import checkpoints
 from edm.images.data import load_fitting
 from edm.images.networks import Generator
@@ -48,8 +47,10 @@ from edm.images.sampler import fixed_latents
 from edm.quality.judge import Judge
 from edm.training.loop import complete
 from edm.training.plots import Pictures
-from edm.training.run import Run, check_settings, versions
+from edm.training.run import Run
 from edm.training.trainee import compiled, make_accelerator
+from toy.files import UserError, versions, write_json
+from toy.folder import holds
 
 # ----------------------------------------------------------------------------------------------
 # What every distillation does, of images and of text-to-image (distill_pixart.py) alike.
@@ -97,7 +98,7 @@ def find_teacher(cfg, accelerator, parts):
         if code := train_teacher.main(teacher):
             sys.exit(code)
         accelerator.wait_for_everyone()
-    return path if path.exists() else sys.exit(0)  # stopped by a signal
+    return path
 
 
 def notes(cfg, teacher_path, steps, **more):
@@ -154,7 +155,8 @@ class Images:
         elif not cfg.data:
             raise UserError(f"preset {cfg.preset} needs --teacher: one of NVlabs' edm-cifar10-32x32-*.pkl")
         else:  # whose data are the teacher's: these do decide what it learned
-            check_settings(own_teacher(cfg, self.shared))
+            teacher = own_teacher(cfg, self.shared)
+            holds(teacher.out, settings(teacher))
         if cfg.data:
             size, classes = made["img_resolution"], 0 if cfg.teacher else made["label_dim"]
             load_fitting(cfg.data, (made["img_channels"], size, size), classes, judge=True)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 import torch
 
 from edm.algorithm2 import Distiller
-from edm.config import TEACHERS, TEXT_DISTILLATIONS, TextDistillation, UserError, command_line
+from edm.config import TEACHERS, TEXT_DISTILLATIONS, TextDistillation, command_line
 from edm.device import total_memory
 from edm.distill import distil, notes
 from edm.images import checkpoints
@@ -32,6 +32,7 @@ from edm.text.pixart import Guided, PixArtDenoiser, decode, without
 from edm.text.prompts import MAX_TOKENS, CaptionFile, TextEncoder, encode_by_index, quiet, read_prompts
 from edm.training.plots import Pictures
 from edm.training.trainee import compiled
+from toy.files import UserError
 
 DROPOUT = 0.1  # share of captions that the online network does without, if it is to be guided
 

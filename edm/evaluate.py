@@ -30,9 +30,8 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from edm import sample_pixart
-from edm.config import DEVICE, LEAST_IMAGES, SIGMA_INIT, UserError, command_line, option
+from edm.config import DEVICE, LEAST_IMAGES, SIGMA_INIT, command_line
 from edm.device import find_device
-from edm.files import replacing
 from edm.images import checkpoints
 from edm.images.data import load_fitting
 from edm.quality.judge import Judge
@@ -41,6 +40,8 @@ from edm.text import pixart_files
 from edm.text.pixart import PixArtDenoiser
 from edm.text.prompts import DTYPES, TextEncoder, quiet
 from edm.text.sampler import draw, find_prompts, make_encode
+from toy.command import option
+from toy.files import UserError, replacing
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ import os
 import random
 import re
 import sys
-from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -27,9 +26,9 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from scipy.stats import binomtest
 
-from edm.config import Parser, UserError
-from edm.files import naming, replacing
 from edm.text.prompts import read_prompts
+from toy import command
+from toy.files import UserError, naming, replacing
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 DATE = 946_684_800  # the year 2000; zip files know none before 1980
@@ -205,6 +204,8 @@ def figure(key, rows):
 
 def tally(args):
     check_free(args.out, args.figure)
+    if args.out and args.figure and args.out.absolute() == args.figure.absolute():
+        raise UserError(f"{args.out}: --out and --figure are one file")
     key, everyone, seen = read_key(args.key), [], {}
     for path in args.answers:
         participant, votes = read_answers(path, key)
@@ -224,7 +225,7 @@ def tally(args):
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = command.Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{build,tally}")
     add = commands.add_parser("build", help="write the folder for participants, and the key").add_argument
     add("prompts", type=Path, help="a .txt with a prompt a line, or a .jsonl or .csv with text")
@@ -233,18 +234,15 @@ def main(argv=None):
     add("out", type=Path, help="folder to write; must not exist yet")
     add("--key", type=Path, help="file for the key (default OUT.key.json)")
     add("--title", default="Which picture is better?", help="heading of the page (default: %(default)s)")
-    add("--seed", type=int, help="fix the hidden names; who knows it can work out the key")
+    add("--seed", type=int, within="seed", help="fix the hidden names; who knows it can work out the key")
     add = commands.add_parser("tally", help="count the answers: shares, intervals, a test").add_argument
     add("key", type=Path, help="the key that build wrote")
     add("answers", type=Path, nargs="+", help="files that participants sent")
     add("--out", type=Path, metavar="FILE.csv", help="write the table here too")
     add("--figure", type=Path, metavar="FILE.png", help="draw it")
     args = parser.parse_args(argv)
-    try:
-        {"build": build, "tally": tally}[args.command](args)
-    except (UserError, OSError) as error:  # OSError: the disk is full, or gone
-        parser.error(str(error))
+    return command.run(lambda: {"build": build, "tally": tally}[args.command](args))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

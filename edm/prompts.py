@@ -13,13 +13,11 @@ PIPELINE is a folder, or a name on the hub, in diffusers' layout: with tokenizer
 A prompt is used as it is but for white space at its ends: nothing is lower-cased or cleaned.
 """
 
-import fcntl
 import itertools
 import json
 import os
 import shutil
 import sys
-from argparse import ArgumentTypeError, RawDescriptionHelpFormatter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,20 +27,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from edm.config import Parser, UserError
-from edm.files import naming
 from edm.text.prompts import DTYPES, MAX_TOKENS, SOURCE, TextEncoder, exists_here, header, quiet, read_prompts
+from toy import command as command_line
+from toy.files import UserError, lock, naming
 
 
 @contextmanager
 def growing(path):
     """Yield PATH.part, open to be appended to: what a killed run left, or nothing.  Then rename it."""
     part = path.with_name(path.name + ".part")
+    lock_file = part.with_name(part.name + ".lock")
+    held = lock(lock_file, part)
     with open(part, "a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{part}: in use by another process") from None
         try:
             if path.exists():
                 raise UserError(f"{path}: exists already; choose another name or remove it")
@@ -54,6 +50,8 @@ def growing(path):
         finally:
             if not os.fstat(file.fileno()).st_size:
                 part.unlink(missing_ok=True)
+            held.release()
+            lock_file.unlink(missing_ok=True)
 
 
 def stream_lines(source, start):
@@ -135,14 +133,8 @@ def resume(file, head, offsets, row, batch):
     return 0
 
 
-def positive(text):
-    if not text.isdecimal() or int(text) < 1:
-        raise ArgumentTypeError(f"{text!r} is not a number from 1 on")
-    return int(text)
-
-
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = command_line.Parser(__doc__)
     commands = parser.add_subparsers(required=True, metavar="{fetch,encode}")
 
     def command(function, help):
@@ -152,24 +144,23 @@ def main(argv=None):
 
     add = command(fetch, "copy captions into a .jsonl; going on reads past those that are there").add_argument
     add("output", type=Path, metavar="OUT.jsonl", help="file to write; must not exist yet")
-    add("--limit", type=positive, metavar="N", help="stop after N (default: all)")
+    add("--limit", type=int, within="count", metavar="N", help="stop after N (default: all)")
     add("--source", default=SOURCE, help="name on the hub, or a tar or tar.gz of .txt (default %(default)s)")
     add = command(encode, "store what the text encoder makes of prompts").add_argument
     add("prompts", type=Path, metavar="PROMPTS", help=".txt, .jsonl or .csv")
     add("output", type=Path, metavar="OUT.safetensors", help="file to write; must not exist yet")
     add("--text-encoder", required=True, metavar="PIPELINE", help="folder or hub name, diffusers' layout")
     add("--dtype", choices=DTYPES, default="bf16", help="of the encoder and the file (default %(default)s)")
-    add("--batch", type=positive, default=64, help="prompts at a time (default %(default)s)")
+    add("--batch", type=int, within="many", default=64, help="prompts at a time (default %(default)s)")
     args = parser.parse_args(argv)
-    try:
+
+    def work():
         with growing(args.output) as file:
             args.run(args, file)
         print(f"wrote {args.output}")
-    except (UserError, OSError) as error:  # OSError: the disk is full, or gone
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: interrupted; the same command goes on\n")
+
+    return command_line.run(work, "interrupted; the same command goes on")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

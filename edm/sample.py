@@ -12,7 +12,6 @@ The image of a seed does not depend on the other seeds, nor on --batch.
 """
 
 import math
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -26,12 +25,13 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
-from edm.config import DEVICE, SIGMA_INIT, UserError, command_line, option
-from edm.device import find_device
-from edm.files import replacing
+from edm.config import DEVICE, SIGMA_INIT, command_line
+from edm.device import find_device, processes
 from edm.images import checkpoints
 from edm.images.sampler import make_sampler, parse_seeds, sample_batches
 from edm.training import plots
+from toy.command import check_ranges, option
+from toy.files import UserError, replacing
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,12 @@ class Settings:
                           required=True, metavar="FILE")  # fmt: skip
     out: str = option(None, "NAME.png, NAME.npz, or a folder", required=True)
     seeds: str = option("0-63", "one image for each, such as 0-63,100")
-    steps: int = option(None, "a teacher's Heun steps (default 18): 2 * steps - 1 evaluations")
-    sigma_init: float = option(None, SIGMA_INIT, metavar="SIGMA")
+    steps: int = option(
+        None, "a teacher's Heun steps (default 18): 2 * steps - 1 evaluations", within="count"
+    )
+    sigma_init: float = option(None, SIGMA_INIT, metavar="SIGMA", within="positive")
     labels: int = option(None, "class of all images (default: drawn by each seed)", metavar="CLASS")
-    batch: int = option(64, "images made before any is written; does not change them")
+    batch: int = option(64, "images made before any is written; does not change them", within="many")
     device: str = option(*DEVICE)
     precision: str = option("fp32", "what the network computes in", ("fp32", "bf16"))
 
@@ -72,15 +74,13 @@ def save_file(out, seeds, images, labels):
 
 def check(cfg):
     """What can be refused before anything is read."""
-    out, processes = Path(cfg.out), int(os.environ.get("WORLD_SIZE", 1))
+    check_ranges(cfg)
+    out, several = Path(cfg.out), processes()
     if out.exists() and not (kind_of(out) == "folder" and out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: exists already, and nothing is overwritten; choose another --out")
-    for name in ("batch", "steps"):
-        if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(cfg, name)}")
     find_device(cfg.device)
-    if processes > 1 and kind_of(out) != "folder":
-        raise UserError(f"{out}: {processes} processes write into a folder only")
+    if several > 1 and kind_of(out) != "folder":
+        raise UserError(f"{out}: {several} processes write into a folder only")
 
 
 def check_network(cfg, network, about):

@@ -15,7 +15,6 @@ PixArtAlphaPipeline opens.  An image depends on its prompt and seed, not on the 
 
 import itertools
 import json
-import math
 import sys
 import textwrap
 from collections import defaultdict
@@ -28,9 +27,8 @@ import torch
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
-from edm.config import DEVICE, UserError, command_line, option
+from edm.config import DEVICE, command_line
 from edm.device import find_device
-from edm.files import replacing
 from edm.images.sampler import parse_seeds
 from edm.sample import kind_of
 from edm.text.pixart import PixArtDenoiser
@@ -38,6 +36,8 @@ from edm.text.pixart_files import find_pipeline, load_transformer, load_vae, sig
 from edm.text.prompts import TextEncoder, quiet
 from edm.text.sampler import draw, find_prompts, make_encode, student_sampler, teacher_sampler
 from edm.training import plots
+from toy.command import check_ranges, option
+from toy.files import UserError, replacing
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,19 @@ class Settings:
     out: str = option(None, "NAME.png, or a folder")
     teacher: str = option(None, "draw the teacher's images as well (the one that the student notes)",
                           nargs="?", const="", metavar="FOLDER")  # fmt: skip
-    steps: int = option(20, "of the teacher's sampler, DPM-Solver++")
-    guidance: float = option(4.5, "scale of the teacher's classifier-free guidance")
+    steps: int = option(20, "of the teacher's sampler, DPM-Solver++", within="count")
+    guidance: float = option(4.5, "scale of the teacher's classifier-free guidance", within="count")
     pipeline: str = option(
         None, "tokenizer, text encoder and VAE (default: the noted teacher's)", metavar="FOLDER"
     )
-    sigma_init: float = option(None, "of a student whose file does not name it; another is refused")
-    heads: int = option(None, "attention heads of a file in PixArt's naming (default: the pipeline's, or 16)")
+    sigma_init: float = option(
+        None, "of a student whose file does not name it; another is refused", within="positive"
+    )
+    heads: int = option(
+        None, "attention heads of a file in PixArt's naming (default: the pipeline's, or 16)", within="count"
+    )
     export: str = option(None, "write a pipeline for diffusers into this new folder", metavar="FOLDER")
-    batch: int = option(4, "images at a time")
+    batch: int = option(4, "images at a time", within="many")
     device: str = option(*DEVICE)
     precision: str = option("fp32", "of the transformers and the text encoder", ("fp32", "bf16"))
 
@@ -107,18 +111,12 @@ def save_folder(cfg, batches):
 
 def check(cfg):
     """What can be refused before anything is read."""
+    check_ranges(cfg)
     if not cfg.out and not cfg.export:
         raise UserError("nothing to do: give --out, for images, or --export")
     for path in map(Path, filter(None, (cfg.out, cfg.export))):
         if path.exists() and not (str(path) == cfg.out and path.is_dir() and not any(path.iterdir())):
             raise UserError(f"{path}: exists already, and nothing is overwritten; choose another name")
-    for name in ("batch", "steps", "heads"):
-        if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(cfg, name)}")
-    if cfg.sigma_init is not None and not 0 < cfg.sigma_init < math.inf:
-        raise UserError(f"--sigma-init must be positive, got {cfg.sigma_init}")
-    if not 1 <= cfg.guidance < math.inf:
-        raise UserError(f"--guidance must be at least 1, got {cfg.guidance}")
     find_device(cfg.device)
 
 

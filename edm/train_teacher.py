@@ -22,9 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 import torch
 
 import sim_core as sim
-from edm.config import PRESETS, TEACHERS, TEXT_PRESETS, TeacherTraining, UserError, check, command_line
+from edm.config import PRESETS, TEACHERS, TEXT_PRESETS, TeacherTraining, check, command_line
 from edm.device import Single
-from edm.files import write_json
 from edm.images import checkpoints
 from edm.images.data import load_fitting, one_hot, to_network
 from edm.images.networks import EDMPrecond
@@ -38,6 +37,7 @@ from edm.training.denoising import TeacherTask
 from edm.training.loop import complete
 from edm.training.run import Run
 from edm.training.trainee import compiled, make_accelerator
+from toy.files import UserError, write_json
 
 
 def image_examples(cfg, device, network, data):

@@ -19,13 +19,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from edm.checkpoints import main
-from edm.config import UserError
-from edm.files import replacing
 from edm.images import edm_pickle
 from edm.images.checkpoints import load, save
 from edm.images.edm_pickle import read_pickle, read_storage
 from edm.images.networks import ARCHITECTURES, EDMPrecond
 from tests.snapshots import Reduced, edm_names, snapshot
+from toy.files import UserError, replacing
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference" / "edm"
@@ -607,7 +606,7 @@ def test_command_line_errors(tmp_path, capsys):
         ([], "error: the following arguments are required: {convert,show}"),
     ):
         with pytest.raises(SystemExit) as stop:
-            main(args)
+            sys.exit(main(args))
         err = capsys.readouterr().err
         assert stop.value.code == 2 and message in err and err.count("\n") == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.pkl", "good.safetensors"]

@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from edm.config import UserError
 from edm.images import data
 from edm.images.data import Images, load_images, one_hot, to_network, to_uint8
 from edm.images.safe_pickle import Record
+from toy.files import UserError
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 CIFAR = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]

@@ -17,13 +17,13 @@ from torch.utils._pytree import tree_leaves
 import sim_core as sim
 from edm import device, distill, train_teacher
 from edm.algorithm2 import Distiller
-from edm.config import UserError
 from edm.images.data import Images
 from edm.images.sampler import heun
 from edm.quality import metrics
 from edm.text.pixart import PixArtDenoiser, sigma_of_t
 from edm.training.trainee import make_accelerator
 from tests import test_distill as small
+from toy.files import UserError
 
 
 @pytest.mark.parametrize("here, processes, wanted, found", [

@@ -33,7 +33,6 @@ from edm.config import (
     Distillation,
     TeacherTraining,
     Training,
-    UserError,
     check,
     command_line,
     parse,
@@ -47,6 +46,8 @@ from edm.training.loop import Diverged, Recent
 from edm.training.run import Run
 from edm.training.trainee import Batches, compiled, make_accelerator
 from tests.snapshots import write_snapshot
+from toy.files import UserError
+from toy.folder import Folder
 
 ROOT = Path(__file__).parents[1]
 UNET = dict(img_resolution=8, img_channels=1, label_dim=10, model_channels=8, channel_mult=(1,), num_blocks=1,
@@ -367,6 +368,7 @@ def here(folder, monkeypatch):
 def run(*more, **changes):
     """edm/distill.py's exit code."""
     settings = TINY | dict(teacher="teacher.safetensors") | changes
+    settings = {k: v for k, v in settings.items() if v is not None}
     words = [word for k, v in settings.items() for word in (f"--{k.replace('_', '-')}", str(v))]
     try:
         return command_line(distill.main, Distillation, "", [*words, *more], DISTILLATIONS)
@@ -381,7 +383,7 @@ def record(out):
     rows = list(csv.DictReader((Path(out) / "log.csv").read_text().splitlines()))
     for row in rows:
         del row["seconds"], row["peak_memory_gb"]
-    state = Run(SimpleNamespace(out=out, keep=2), first=False).load()
+    state = Folder(out, {}).load()
     weights = [flat(checkpoints.load(Path(out) / "generator.safetensors")[0])]
     for name in ("fake", "generator"):
         weights.append(torch.cat([v.flatten() for v in state[name]["network"].values()]))
@@ -413,7 +415,7 @@ def test_a_run_leaves_what_it_promises(whole):
     metrics = json.loads((whole / "metrics.json").read_text())
     assert metrics["steps"] == 6 and metrics["status"] == "finished" and "student_fd" not in metrics
     denoiser, about = checkpoints.load(whole / "generator.safetensors")
-    state = Run(SimpleNamespace(out=whole, keep=2), first=False).load()
+    state = Folder(whole, {}).load()
     average = Generator(denoiser).state_dict()
     assert all(torch.equal(average[k], v) for k, v in state["ema"].items()) and about["sigma_init"] == 2.5
     assert about["teacher"] == str(whole.parent / "teacher.safetensors")
@@ -711,7 +713,7 @@ WRONG = {  # words on the command line -> in the message
     "--data few": "few: 4 images, but an evaluation needs at least 5",
     "--data mute": "mute: has no labels, which the classifier of an evaluation needs",
     "--data mute --teacher=": "mute: 0 classes, but the network takes 10",
-    "--samples 4 --data digits": "--samples must be at least 5, got 4",
+    "--samples 4 --data digits": "--samples must be from 5 to 1,000,000, got 4",
     "--evaluate-every 8": "--evaluate-every needs --data",
     "--device mps": "--device mps: no MPS device here",
     "--device meta": "invalid choice: 'meta'",
@@ -723,8 +725,10 @@ WRONG = {  # words on the command line -> in the message
     "--lr=-1": "--lr must be positive, got -1.0",
     "--fake-lr nan": "--fake-lr must be positive, got nan",
     "--steps 0": "--steps must be at least 1, got 0",
-    "--batch=-8": "--batch must be at least 1, got -8",
-    "--seed=-1": "--seed must be 0 or more, got -1",
+    "--batch=-8": "--batch must be from 1 to 1,000,000, got -8",
+    "--seed=-1": "--seed must be from 0 to 2^63 - 9, got -1",
+    "--warmup 6": "--warmup 6 leaves no update of the generator in --steps 6",
+    "--alpha nan": "--alpha must be a finite number, got nan",
     "--beta1 1": "--beta1 must be in [0, 1), got 1.0",
     "--steps many": "invalid int value: 'many'",
     "--distance l2 --c 1": "distance 'l2' does not take c",
@@ -740,7 +744,8 @@ def test_wrong_inputs_are_refused_in_one_line_and_leave_no_trace(words, here, ca
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     files = lambda: {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in here.rglob("*")}
     before = files()
-    assert run(*words.split(), out="new") == 2
+    given, none = words.replace("--teacher=", ""), {"teacher": None} if "--teacher=" in words else {}
+    assert run(*given.split(), out="new", **none) == 2
     out, err = capsys.readouterr()
     assert WRONG[words] in err and err.count("\n") == 1 and "error: " in err and not out
     assert files() == before

@@ -25,14 +25,15 @@ from torch.distributed.tensor import distribute_tensor
 import sim_core as sim
 from edm import distill_pixart, prompts
 from edm.algorithm2 import Distiller
-from edm.config import TEACHERS, TEXT_DISTILLATIONS, TEXT_PRESETS, TextDistillation, UserError, command_line
+from edm.config import TEACHERS, TEXT_DISTILLATIONS, TEXT_PRESETS, TextDistillation, command_line
 from edm.images.networks import Generator
 from edm.quality import captions
 from edm.text import digits, pixart_files
 from edm.text.pixart import PixArtDenoiser
-from edm.training.run import Run
 from edm.training.trainee import generator_of, make_accelerator
 from tests.test_distill import Watch, flat, quick, relative, same
+from toy.files import UserError
+from toy.folder import Folder
 
 ROOT = Path(__file__).parents[1]
 SMALL = dict(num_attention_heads=2, attention_head_dim=12, num_layers=2, in_channels=4, out_channels=8,
@@ -49,7 +50,8 @@ def config(**changes):
 def make_pipeline(folder):
     """All of a pipeline, small, of random weights: folder/pipeline."""
     torch.manual_seed(0)
-    digits.make_text_encoder(folder / "frozen")
+    for name, part in zip(("tokenizer", "text_encoder"), digits.make_text_encoder()):
+        part.save_pretrained(folder / "frozen" / name)
     AutoencoderKL(**digits.VAE).save_pretrained(folder / "frozen/vae")
     transformer = PixArtTransformer2DModel(**SMALL)
     for p in transformer.parameters():
@@ -313,7 +315,7 @@ def here(pipeline, monkeypatch):
 
 def run(*more, **changes):
     """edm/distill_pixart.py's exit code."""
-    settings = TINY | dict(teacher="pipeline") | changes
+    settings = {k: v for k, v in (TINY | dict(teacher="pipeline") | changes).items() if v is not None}
     words = [word for k, v in settings.items() for word in (f"--{k.replace('_', '-')}", str(v))]
     presets = TEXT_DISTILLATIONS
     try:
@@ -329,7 +331,7 @@ def record(out):
     rows = list(csv.DictReader((Path(out) / "log.csv").read_text().splitlines()))
     for row in rows:
         del row["seconds"], row["peak_memory_gb"]
-    state = Run(SimpleNamespace(out=out, keep=2), first=False).load()
+    state = Folder(out, {}).load()
     weights = [flat(pixart_files.load_transformer(Path(out) / "generator.safetensors")[0])]
     for name in ("fake", "generator"):
         weights.append(torch.cat([v.flatten() for v in state[name]["network"].values()]))
@@ -349,7 +351,7 @@ def test_a_run_leaves_what_it_promises(here, fast, tmp_path):
     assert found == pictures | set(names.split())
     student, about = pixart_files.load_transformer(tmp_path / "run/generator.safetensors")
     assert about["sigma_init"] == 2.5 and about["teacher"] == str(here / "pipeline")
-    state = Run(SimpleNamespace(out=tmp_path / "run", keep=2), first=False).load()
+    state = Folder(tmp_path / "run", {}).load()
     average = Generator(PixArtDenoiser(student)).state_dict()
     assert all(torch.equal(average[k], v) for k, v in state["ema"].items())
     rows, _ = record(tmp_path / "run")
@@ -423,7 +425,7 @@ WRONG = {  # words on the command line -> in the message
     "--teacher= --prompts none.txt": "none.txt: No such file",  # before a teacher is trained
     "--teacher= --captions none.safetensors": "none.safetensors: No such file",
     "--teacher= --transformer pipeline/prompts.txt": "pipeline/prompts.txt: ",
-    "--samples 4": "--samples must be at least 5, got 4",
+    "--samples 4": "--samples must be from 5 to 1,000,000, got 4",
     "--preset pixart-512 --teacher=": "preset pixart-512 needs --teacher",
     "--preset imagenet": "invalid choice: 'imagenet'",
     "--sharding fsdp": "--sharding fsdp is for several processes",
@@ -440,7 +442,8 @@ def test_wrong_inputs_are_refused_in_one_line_and_leave_no_trace(words, here, ca
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")  # of which only runs tell
     files = lambda: {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in here.rglob("*")}
     before = files()
-    assert run(*words.split(), out="new") == 2
+    given, none = words.replace("--teacher=", ""), {"teacher": None} if "--teacher=" in words else {}
+    assert run(*given.split(), out="new", **none) == 2
     err = capsys.readouterr().err
     assert WRONG[words] in err and err.count("\n") == 1 and "error: " in err
     assert files() == before
@@ -465,7 +468,7 @@ def test_running_out_of_memory_is_one_line_and_keeps_checkpoints(here, fast, cap
     monkeypatch.setattr(Distiller, "step", exhausted)
     assert run(out=tmp_path / "run") == 2
     assert "error: out of memory: lower --micro-batch" in capsys.readouterr().err.splitlines()[-1]
-    assert Run(SimpleNamespace(out=tmp_path / "run", keep=2), first=False).load()["step"] == 2
+    assert Folder(tmp_path / "run", {}).load()["step"] == 2
 
 
 # ----------------------------------------------------------------------------------------------

@@ -16,11 +16,12 @@ from PIL import Image
 from torch import nn
 
 from edm import evaluate
-from edm.config import UserError, command_line
+from edm.config import command_line
 from edm.images import checkpoints, sampler
 from edm.images.data import Images, load_images
 from edm.images.networks import EDMPrecond
 from edm.quality import metrics
+from toy.files import UserError
 
 ROOT = Path(__file__).parents[1]
 

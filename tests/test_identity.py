@@ -1,6 +1,7 @@
 """verify_identity.py: that it passes, that it can fail, and what it writes."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -84,12 +85,15 @@ def test_bad_arguments(tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     for args in (
         ["--seed", "x"],
-        ["--threads", "0"],
+        ["--threads", "-1"],
+        ["--seed", "-1"],
+        ["--json", str(tmp_path)],
+        ["--json", str(tmp_path / "file")],
         ["--json", str(tmp_path / "file/v.json")],
         ["--out", str(tmp_path / "file")],
     ):
         with pytest.raises(SystemExit) as error:
-            verify.main(args)
+            sys.exit(verify.main(args))
         assert error.value.code == 2 and "error" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
 

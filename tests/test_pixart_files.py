@@ -18,7 +18,6 @@ from diffusers import (
 )
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from edm.config import UserError
 from edm.images.checkpoints import save
 from edm.images.networks import Generator
 from edm.images.sampler import latents
@@ -31,6 +30,7 @@ from edm.text.pixart_files import (
     write_pipeline,
 )
 from edm.text.pixart_names import from_original
+from toy.files import UserError
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT.parent / "shared" / "reference" / "pixart"

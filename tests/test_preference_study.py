@@ -48,7 +48,8 @@ def inputs(root, n=4, prompts=None):
 
 
 def run(*args):
-    study.main([str(arg) for arg in args])
+    if code := study.main([str(arg) for arg in args]):
+        raise SystemExit(code)
 
 
 def build(root, *options, **more):

@@ -1,7 +1,6 @@
 """Prompts: what each kind of file gives, the text encoder and its file, and runs that are killed."""
 
 import csv
-import fcntl
 import io
 import json
 import os
@@ -24,8 +23,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from edm import prompts as module
-from edm.config import UserError
 from edm.text.prompts import CaptionFile, TextEncoder, digest, encode_by_index, pad, read_prompts
+from toy.files import UserError, lock
 
 SCRIPT = str(Path(module.__file__))
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -452,7 +451,7 @@ def kill_when(condition, *words):
 def test_faulty_encodings_are_refused(pipeline, files, tmp_path, monkeypatch, capsys):
     def refuses(says, *words):
         with pytest.raises(SystemExit) as caught:
-            module.main(["encode", *map(str, words)])
+            sys.exit(module.main(["encode", *map(str, words)]))
         assert caught.value.code == 2
         lines = capsys.readouterr().err.splitlines()  # the last one: a progress bar may come before
         assert re.search(says, lines[-1]), lines
@@ -463,14 +462,14 @@ def test_faulty_encodings_are_refused(pipeline, files, tmp_path, monkeypatch, ca
     assert out.read_text() == "precious" and not Path(f"{out}.part").exists()
     out.unlink()
     refuses("No such file", tmp_path / "none.txt", out, *how)
-    refuses("'0' is not a number from 1 on", prompts, out, *how, "--batch", 0)
+    refuses("--batch must be from 1 to 1,000,000, got 0", prompts, out, *how, "--batch", 0)
     refuses("No such file", prompts, tmp_path / "none" / "c.safetensors", *how)
     write(part := Path(f"{out}.part"), files["bf16"].read_bytes()[:-9])
     refuses("begun from other prompts, encoder or --dtype", prompts, out, *how, "--dtype", "fp32")
     assert part.read_bytes() == files["bf16"].read_bytes()[:-9]
-    with open(part) as other:
-        fcntl.flock(other, fcntl.LOCK_SH)  # ours must be the only one
-        refuses("in use by another process", prompts, out, *how)
+    held = lock(Path(f"{part}.lock"))  # ours must be the only one
+    refuses("in use by another process", prompts, out, *how)
+    held.release()
     part.unlink()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
     refuses(r"needs 4\.\d+e-06 GB, but 1e-06 GB are free", prompts, out, *how)
@@ -598,7 +597,7 @@ def test_faulty_sources_are_refused(tmp_path, kind, capsys):
 
 
 def test_faulty_fetches_are_refused(tmp_path, capsys, monkeypatch):
-    fetch_refuses(tmp_path, capsys, "--limit: '0' is not a number from 1 on", "--limit", 0)
+    fetch_refuses(tmp_path, capsys, "--limit must be at least 1, got 0", "--limit", 0)
     fetch_refuses(tmp_path, capsys, "must end in .jsonl", out="c.txt")
     monkeypatch.setitem(sys.modules, "datasets", None)
     fetch_refuses(tmp_path, capsys, "pip install datasets")
@@ -607,5 +606,5 @@ def test_faulty_fetches_are_refused(tmp_path, capsys, monkeypatch):
 
 def fetch_refuses(folder, capsys, says, *words, out="out.jsonl"):
     with pytest.raises(SystemExit) as caught:
-        module.main(["fetch", str(folder / out), *map(str, words)])
+        sys.exit(module.main(["fetch", str(folder / out), *map(str, words)]))
     assert caught.value.code == 2 and says in capsys.readouterr().err.splitlines()[-1]

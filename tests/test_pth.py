@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from edm.config import UserError
 from edm.images.pth import read_pth
+from toy.files import UserError
 
 
 class Options:

@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 
 from edm import sample
-from edm.config import UserError, command_line
+from edm.config import command_line
 from edm.images import checkpoints
 from edm.images.data import one_hot, to_uint8
 from edm.images.networks import EDMPrecond
 from edm.images.sampler import fixed_latents, heun, latents
 from edm.training import plots
+from toy.files import UserError
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT.parent / "shared" / "reference" / "edm"

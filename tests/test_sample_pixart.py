@@ -16,7 +16,7 @@ from PIL import Image
 from test_pixart_files import make_pipeline, tiny
 
 from edm import sample_pixart
-from edm.config import UserError, command_line
+from edm.config import command_line
 from edm.images.checkpoints import save
 from edm.images.data import to_uint8
 from edm.images.networks import Generator
@@ -25,6 +25,7 @@ from edm.text import sampler
 from edm.text.pixart import PixArtDenoiser
 from edm.text.pixart_files import load_transformer
 from edm.text.prompts import TextEncoder
+from toy.files import UserError
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ["a red fox", "the blue boat", "in the snow, a fox"]

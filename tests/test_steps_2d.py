@@ -14,6 +14,7 @@ from tests import by_hand
 from tests.by_hand import Learner, flat, follow, generator_loss, relative
 from toy import logbook, train_2d
 from toy.config import MACHINE, Config, resolve
+from toy.folder import Folder
 from toy.mixtures import make_target
 from toy.networks import Denoiser, VPDenoiser, mlp, vp_betas, vp_sigmas
 
@@ -173,7 +174,7 @@ def test_a_run_is_its_steps_by_hand(tmp_path, options):
     cfg = config(**options)
     teacher, hand = make_teacher(cfg), run_by_hand(cfg)
     train_2d.main(dataclasses.replace(cfg, out=str(tmp_path)), lambda *args: teacher)
-    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    state = Folder(tmp_path, {}).load()
     body = "" if cfg.network == "vp" else "denoiser."
     for name, prefix in (("generator", body), ("fake", ""), ("ema", f"module.{body}")):
         network, start = hand.networks[name]

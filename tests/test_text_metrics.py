@@ -16,9 +16,10 @@ from test_pixart_files import make_pipeline, tiny
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from edm import evaluate, sample_pixart
-from edm.config import UserError, command_line
+from edm.config import command_line
 from edm.images.checkpoints import save
 from edm.quality.text_metrics import Clip, clip_score, load_aesthetic
+from toy.files import UserError
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ["a red fox", "the blue boat", "in the snow, a fox", "a boat", "the red snow"]

@@ -15,7 +15,9 @@ import torch
 from PIL import Image
 
 from toy import train_2d
-from toy.config import Config, UserError, check, parse_args, resolve
+from toy.config import Config, check, parse_args, resolve
+from toy.files import UserError
+from toy.folder import Folder
 from toy.mixtures import make_target
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +43,10 @@ def command(tmp_path, *args, **popen):
     )
 
 
+def state_of(folder):
+    return Folder(folder, {}).load()
+
+
 def finished(process, timeout=180):
     out, err = process.communicate(timeout=timeout)
     return process.returncode, out, err
@@ -55,7 +61,7 @@ def test_looking_does_not_change_the_training(tmp_path, monkeypatch):
         monkeypatch.setattr(train_2d, "LOGS", logs)
         cfg = config(tmp_path, out=str(tmp_path / str(logs)))
         train_2d.main(cfg)
-        weights.append(torch.load(tmp_path / str(logs) / "checkpoint.pt", weights_only=True)["generator"])
+        weights.append(state_of(tmp_path / str(logs))["generator"])
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
 
 
@@ -63,7 +69,7 @@ def test_looking_does_not_change_the_training(tmp_path, monkeypatch):
 
 
 def final_state(folder):
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    state = state_of(folder)
     return {k: v for part in ("generator", "fake", "ema") for k, v in state[part].items()}, state
 
 
@@ -77,12 +83,12 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, monkeypatch):
     whole, broken = (config(tmp_path, out=str(tmp_path / name)) for name in ("whole", "broken"))
     train_2d.main(whole)
 
-    class Stop:  # asked before every step
+    class Stop:  # asked before every update of the warm-up, and every step
         calls = 0
 
-        def __call__(self):
+        def __bool__(self):
             self.calls += 1
-            return self.calls > 5
+            return self.calls > TINY["warmup"] + 5
 
     distill = train_2d.distill
     monkeypatch.setattr(train_2d, "distill", lambda *a: distill(*a[:-1], Stop()))
@@ -108,7 +114,7 @@ def test_a_killed_process_resumes_to_the_same_bits(tmp_path, number):
     if number == signal.SIGINT:  # a picture of what there was, and numbers that say what they are
         assert json.loads((tmp_path / "run/metrics.json").read_text())["status"] == "interrupted"
         assert (tmp_path / "run/final.png").exists() and (tmp_path / "run/convergence.gif").exists()
-    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] < 400
+    assert state_of(tmp_path / "run")["step"] < 400
     assert finished(command(tmp_path, *many, "--resume"))[0] == 0
     (tmp_path / "fresh").mkdir()
     assert finished(command(tmp_path / "fresh", *many))[0] == 0
@@ -122,7 +128,7 @@ def test_a_run_leaves_everything_it_promises(tmp_path):
     code, out, err = finished(command(tmp_path))
     assert code == 0, err
     run = tmp_path / "run"
-    files = "checkpoint.pt config.json convergence.gif final.png log.csv metrics.json samples.npz"
+    files = ".lock checkpoints config.json convergence.gif final.png log.csv metrics.json samples.npz"
     assert sorted(p.name for p in run.iterdir()) == files.split()
     samples = np.load(run / "samples.npz")
     for name in ("generator", "teacher", "data"):
@@ -140,7 +146,7 @@ def test_a_run_leaves_everything_it_promises(tmp_path):
     assert "modes covered" in out and "step/s" in err
 
     # samples.npz is one evaluation of the saved average on the seed's latents
-    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    state = state_of(run)
     cfg = resolve(Config(**TINY))
     network = train_2d.Generator(train_2d.make_denoiser(cfg, make_target("ring")), cfg.sigma_init)
     network.load_state_dict(
@@ -170,7 +176,9 @@ BAD = [
     (["--nonsense"], "nonsense"),
     (["--method", "density", "--weighting", "sid"], "density"),
     (["--method", "diff_instruct", "--space", "score"], "--space denoised"),
-    (["--resume"], "resume"),
+    (["--seed", str(2**64)], "seed must be from 0"),
+    (["--alpha", "nan"], "alpha must be a finite number"),
+    (["--out", ""], "out is empty"),
 ]
 
 
@@ -178,7 +186,7 @@ BAD = [
 def test_bad_input_is_one_line_and_exit_2(tmp_path, capsys, monkeypatch, args, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as error:
-        train_2d.cli([*args, "--out", str(tmp_path / "run")])
+        sys.exit(train_2d.cli(["--out", str(tmp_path / "run"), *args]))
     err = capsys.readouterr().err
     assert error.value.code == 2 and len(err.strip().splitlines()) == 1 and re.search(message, err)
     assert not list(tmp_path.glob("run/*")), "nothing was written"
@@ -197,31 +205,43 @@ def test_nothing_is_overwritten(tmp_path):
     assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "foreign", "shape"])
-def test_damaged_checkpoints_are_refused(tmp_path, damage):
+@pytest.mark.parametrize("damage", ["missing", "newest", "all"])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(tmp_path, damage, capsys):
+    """A single flipped bit, which torch does not notice; without any checkpoint a run begins anew."""
     cfg = config(tmp_path)
     train_2d.main(cfg)
-    path = tmp_path / "run/checkpoint.pt"
-    if damage == "missing":
-        path.unlink()
-    elif damage == "truncated":
-        path.write_bytes(path.read_bytes()[:1000])
-    elif damage == "foreign":
-        path.write_text("not a checkpoint")
+    usual, files = state_of(cfg.out), Folder(cfg.out, {}).files()
+    assert [int(path.name.split("-")[0]) for path in files] == [11, 12]
+    for path in {"missing": files, "newest": files[1:], "all": files}[damage]:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.unlink() if damage == "missing" else path.write_bytes(content)
+    again = resolve(Config(**TINY, out=cfg.out, resume=True))
+    if damage == "all":
+        with pytest.raises(UserError, match=r"every checkpoint .* is damaged"):
+            train_2d.main(again)
     else:
-        state = torch.load(path, weights_only=True)
-        state["generator"] = {k: v[:1] for k, v in state["generator"].items()}
-        torch.save(state, path)
-    with pytest.raises(UserError, match=r"cannot resume from .*checkpoint\.pt"):
-        train_2d.main(resolve(Config(**TINY, out=cfg.out, resume=True)))
+        train_2d.main(again)
+        assert ("000000012" in capsys.readouterr().out) == (damage == "newest")
+        pairs = zip(usual["ema"].values(), state_of(cfg.out)["ema"].values())
+        assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_a_folder_with_files_of_these_names_from_elsewhere_is_refused(tmp_path):
+def test_a_folder_with_files_from_elsewhere_is_refused(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/final.png").write_text("mine")
     with pytest.raises(UserError, match=r"final\.png but no config\.json"):
         train_2d.main(config(tmp_path))
     assert (tmp_path / "run/final.png").read_text() == "mine"
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    first = command(tmp_path, "--steps", "400")
+    while not (tmp_path / "run/log.csv").exists():
+        time.sleep(0.02)
+    code, _, err = finished(command(tmp_path, "--steps", "400"))
+    assert code == 2 and "is in use by another process" in err and err.count("\n") == 1
+    assert finished(first)[0] == 0
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
@@ -231,10 +251,11 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(torch, "save", full)
     tiny = [word for k, v in TINY.items() for word in (f"--{k.replace('_', '-')}", str(v))]
-    with pytest.raises(SystemExit) as error:
-        train_2d.cli([*tiny, "--out", str(tmp_path / "run")])
-    assert error.value.code == 2 and "No space left" in capsys.readouterr().err.splitlines()[-1]
-    assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.json"], "no half a file is left"
+    assert train_2d.cli([*tiny, "--out", str(tmp_path / "run")]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "tmp-staged.pt: cannot be written (No space left" in err
+    left = sorted(p.name for p in (tmp_path / "run").rglob("*"))
+    assert left == [".lock", "checkpoints", "config.json", "log.csv"], "no half a file is left"
 
 
 def test_an_unwritable_folder_is_refused_before_any_work(tmp_path):
@@ -243,7 +264,7 @@ def test_an_unwritable_folder_is_refused_before_any_work(tmp_path):
         train_2d.main(config(tmp_path, out=str(tmp_path / "file" / "run")))
     (tmp_path / "other").mkdir()
     (tmp_path / "other/config.json").write_text("not json")
-    with pytest.raises(UserError, match="cannot use"):
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
         train_2d.main(config(tmp_path, out=str(tmp_path / "other")))
     assert (tmp_path / "file").read_text() == "mine" and (
         tmp_path / "other/config.json"

@@ -12,7 +12,6 @@ except that `power` comes twice, at the default --lr and, as power-lr, at 0.0005
 JSON file in OUT/runs, named by its settings: a study that was stopped, or killed, goes on where it was.
 """
 
-import argparse
 import csv
 import hashlib
 import json
@@ -31,11 +30,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 from tqdm import tqdm
 
-from toy import train_2d
-from toy.config import Config, Parser, UserError, check, resolve
-from toy.logbook import replacing, settings
+from toy import command, train_2d
+from toy.config import Config, check, resolve, settings
+from toy.files import UserError, lock, replacing, write_rows
 from toy.mixtures import TARGETS
-from toy.study_report import figure_of, row_of, summarise, table, write_csv
+from toy.study_report import figure_of, row_of, summarise, table
 
 SIM, KARRAS = dict(sigma_distribution="sim"), dict(sigma_distribution="karras")
 SID, SIDWGT = dict(method="sid"), dict(weighting="sid")
@@ -87,16 +86,22 @@ CURVES = ("step", "seconds", "energy_distance")  # what is kept of a run's log
 
 def parse_args(argv=None):
     """Command line -> Namespace.  --quick changes the defaults of the others."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.Parser(__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="few arms, few steps, one target, small samples")
     add("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM",
         help="of %(choices)s (default: all)")  # fmt: skip
     add("--targets", nargs="+", default=["ring", "grid", "letters"], choices=TARGETS, metavar="TARGET",
         help="of %(choices)s (default: ring grid letters)")  # fmt: skip
-    add("--seeds", type=int, default=3, help="how many: 0 to SEEDS - 1 (default %(default)s)")
-    add("--steps", type=int, default=1500, help="generator updates of every run (default %(default)s)")
-    add("--jobs", type=int, default=os.cpu_count(),
+    add("--seeds", type=int, within="many", default=3, help="how many: 0 to SEEDS - 1 (default %(default)s)")
+    add(
+        "--steps",
+        type=int,
+        within="count",
+        default=1500,
+        help="generator updates of every run (default %(default)s)",
+    )
+    add("--jobs", type=int, within="threads", default=os.cpu_count(),
         help="worker processes of one thread each; 0: only report (default: as many as cores)")  # fmt: skip
     add("--out", default="out/toy/study", help="folder of the study (default %(default)s)")
     if parser.parse_known_args(argv)[0].quick:
@@ -113,8 +118,6 @@ def plan(args):
 
     Raises UserError for settings that no run can have.
     """
-    if args.seeds < 1 or args.jobs < 0:
-        raise UserError(f"need --seeds at least 1 and --jobs at least 0, got {args.seeds} and {args.jobs}")
     configs, common = {}, QUICK_COMMON if args.quick else COMMON
     for seed in range(args.seeds):
         for target in dict.fromkeys(args.targets):
@@ -181,6 +184,8 @@ def train(configs, jobs):
             for future in as_completed([pool.submit(run_one, cfg) for cfg in todo]):
                 future.result()
                 bar.update()
+        except BrokenProcessPool:
+            raise Died("a worker process died; the same command goes on") from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in multiprocessing.active_children():  # their records are whole or absent
@@ -206,8 +211,7 @@ def report(args, configs):
         raise UserError(f"nothing is recorded in {out}/runs for these settings")
     rows = [row_of(key, record) for key, record in records.items()]
     summary = summarise(rows)
-    with replacing(out / "study.csv") as path:
-        write_csv(path, rows)
+    write_rows(out / "study.csv", rows)
     commits = {r["metrics"]["versions"]["commit"] or "unknown" for r in records.values() if "metrics" in r}
     with replacing(out / "study.md") as path:
         path.write_text(table(summary, args.steps, commits))
@@ -221,25 +225,21 @@ def main(args):
     """Train what is missing, report on all.  Returns `summarise`'s numbers."""
     configs = plan(args)
     (Path(args.out) / "runs").mkdir(parents=True, exist_ok=True)
+    held = lock(Path(args.out) / ".lock")  # noqa: F841, until the end
     if args.jobs:
         train(configs.values(), args.jobs)
     return report(args, configs)
 
 
+class Died(UserError):
+    """A worker process ended by a signal of somebody's."""
+
+    code = 1
+
+
 def cli(argv=None):
     """The command line: returns the exit code."""
-    try:
-        main(parse_args(argv))
-    except (UserError, OSError) as error:
-        print(f"compare_2d.py: error: {error}", file=sys.stderr)
-        return 2
-    except BrokenProcessPool:
-        print("compare_2d.py: error: a worker process died; the same command goes on", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("compare_2d.py: stopped; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    return command.run(lambda: main(parse_args(argv)) and 0, "stopped; the same command goes on")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,15 @@
 """The settings of a 2-D run: one dataclass, its presets, its command line, its checks."""
 
-import argparse
 import dataclasses
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 import sim_core as sim
+from toy.command import Parser, add_options, at_least, check_ranges, option
+from toy.files import UserError
 from toy.mixtures import TARGETS
-
-
-class UserError(Exception):
-    """Something the user can put right: one line, exit code 2."""
-
-
-def option(default, help, choices=None):
-    return field(default=default, metadata={"help": help, "choices": choices and tuple(choices)})
-
 
 SIGMAS = (*sim.SIGMA_DISTRIBUTIONS, "vp")
 
@@ -29,7 +20,7 @@ class Config:
 
     # what to learn
     target: str = option("ring", "the distribution to learn", TARGETS)
-    seed: int = option(0, "of everything random")
+    seed: int = option(0, "of everything random", within="seed")
     # the generator's loss
     method: str = option("sim", "full adds what the theorem leaves out; density is SIM with theta on the "
                          "density of xt, right for l1 too but noisy; diff_instruct with --weighting sid is "
@@ -47,28 +38,38 @@ class Config:
                           ("learned", "exact"))  # fmt: skip
     fake: str = option("learned", "exact: no online network, a bank of latents whose score is known",
                        ("learned", "exact"))  # fmt: skip
-    bank: int = option(1024, "latents of --fake exact")
+    bank: int = option(1024, "latents of --fake exact", within="many")
     fake_sigma_distribution: str = option("edm", "noise levels of the online update", SIGMAS)
-    fake_updates: int = option(1, "online updates per generator update")
-    warmup: int = option(200, "online updates before the first generator update")
+    fake_updates: int = option(1, "online updates per generator update", within="count")
+    warmup: int = option(200, "online updates before the first generator update", within="some")
     # optimisation
-    steps: int = option(None, "generator updates (default: by target)")
-    batch: int = option(256, "samples per update")
-    lr: float = option(2e-3, "learning rate of the generator")
-    fake_lr: float = option(4e-3, "learning rate of the online network: it must be the faster one")
-    beta2: float = option(0.99, "Adam's second beta for both; the first is 0")
+    steps: int = option(None, "generator updates (default: by target)", within="count")
+    batch: int = option(256, "samples per update", within="many")
+    lr: float = option(2e-3, "learning rate of the generator", within="positive")
+    fake_lr: float = option(
+        4e-3, "learning rate of the online network: it must be the faster one", within="positive"
+    )
+    beta2: float = option(0.99, "Adam's second beta for both; the first is 0", within="below one")
     schedule: str = option("cosine", "of both learning rates", ("cosine", "constant"))
-    ema: float = option(0.999, "decay of the generator's moving average, which is what gets evaluated")
+    ema: float = option(
+        0.999, "decay of the generator's moving average, which is what gets evaluated", within="below one"
+    )
     # networks
     network: str = option("edm", "vp: the plain networks and the process of Listing 1", ("edm", "vp"))
-    width: int = option(None, "hidden units per layer (default: by target)")
-    sigma_init: float = option(2.5, "sigma* of the generator g(z) = D(sigma* z; sigma*)")
-    teacher_steps: int = option(None, "updates of the teacher, batch 1024 (default: by target)")
+    width: int = option(None, "hidden units per layer (default: by target)", within="many")
+    sigma_init: float = option(2.5, "sigma* of the generator g(z) = D(sigma* z; sigma*)", within="positive")
+    teacher_steps: int = option(
+        None, "updates of the teacher, batch 1024 (default: by target)", within="count"
+    )
     # the end
-    samples: int = option(10_000, "one-step samples behind metrics.json, and in samples.npz")
+    samples: int = option(
+        10_000, "one-step samples behind metrics.json, and in samples.npz", within=at_least(2)
+    )
     # the machine
     device: str = option("cpu", "torch device, or auto: a GPU (CUDA, MPS) if there is one; a CPU is as fast")
-    threads: int = option(1, "CPU threads, 0 for torch's choice; networks this small gain nothing from more")
+    threads: int = option(
+        1, "CPU threads, 0 for torch's choice; networks this small gain nothing from more", within="threads"
+    )
     out: str = option(
         None, "folder of the run (default out/toy/NAME: the target and what differs from the defaults)"
     )
@@ -94,28 +95,13 @@ PRESETS = {
 }  # fmt: skip
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def parse_args(description, argv=None):
     """Command line -> (Config, name of the run)."""
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description)
     parser.add_argument(
         "--preset", choices=PRESETS, default="default", help="a set of defaults for all that follows"
     )
-    for f in dataclasses.fields(Config):
-        flag = "--" + f.name.replace("_", "-")
-        if f.type is bool:
-            parser.add_argument(flag, action="store_true", help=f.metadata["help"])
-        else:
-            help = f.metadata["help"] + ("" if f.default is None else " (default %(default)s)")
-            parser.add_argument(
-                flag, type=f.type, default=f.default, choices=f.metadata["choices"], help=help
-            )
+    add_options(parser, Config)
     parser.set_defaults(**PRESETS[parser.parse_known_args(argv)[0].preset])
     args = vars(parser.parse_args(argv))
     preset = args.pop("preset")
@@ -133,6 +119,11 @@ def resolve(cfg, preset="default"):
     return dataclasses.replace(cfg, **{k: v for k, v in filled.items() if getattr(cfg, k) is None})
 
 
+def settings(cfg):
+    """What decides the numbers of a run."""
+    return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in MACHINE}
+
+
 def find_device(name):
     """auto: the first of CUDA, MPS and the CPU that is here.  Others stay what they are."""
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -141,21 +132,7 @@ def find_device(name):
 
 def check(cfg):
     """Refuse impossible settings before any work, each by its name.  Raises UserError."""
-    flag = lambda name: f"--{name.replace('_', '-')}"
-    for names, fits, rule in (
-        (
-            ("steps", "batch", "bank", "fake_updates", "width", "teacher_steps"),
-            lambda v: v >= 1,
-            "at least 1",
-        ),
-        (("samples",), lambda v: v >= 2, "at least 2"),
-        (("seed", "warmup", "threads"), lambda v: v >= 0, "0 or more"),
-        (("lr", "fake_lr", "sigma_init"), lambda v: 0 < v < math.inf, "positive"),
-        (("ema", "beta2"), lambda v: 0 <= v < 1, "in [0, 1)"),
-    ):
-        for name in names:
-            if not fits(getattr(cfg, name)):
-                raise UserError(f"{flag(name)} must be {rule}, got {getattr(cfg, name)}")
+    check_ranges(cfg)
     if cfg.method == "density" and cfg.weighting != "one":
         raise UserError("--method density takes no --weighting")
     try:

@@ -1,23 +1,15 @@
 """A run's folder: what is measured on the way, written at the end, and read to go on."""
 
-import csv
-import dataclasses
-import json
 import math
-import os
-import pickle
-import platform
-import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from toy import plots
-from toy.config import MACHINE, UserError
+from toy.files import replacing, versions, write_json, write_rows
 from toy.metrics import (
     SIGMAS,
     energy_distance,
@@ -34,92 +26,8 @@ DRAWS = 4  # energy distances are means over so many draws of samples and data: 
 LAG = 0.05  # squared error of the online network's noise prediction (of 2 in the plane) worth a warning
 
 
-FILES = ("checkpoint.pt", "convergence.gif", "final.png", "log.csv", "metrics.json", "samples.npz")
-
-
 class Diverged(Exception):
     """Training left the finite numbers."""
-
-
-# ------------------------------------------------------------------------------------------------
-# The folder.
-
-
-@contextmanager
-def replacing(path):
-    """Write to a neighbour, then rename: neither a reader nor a crash meets half a file."""
-    temporary = path.with_name("tmp-" + path.name)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:  # a full disk is not helped by half a file
-        temporary.unlink(missing_ok=True)
-
-
-def versions():
-    """What besides the settings decides the numbers: software, and the commit where git knows it."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        commit = None
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "commit": commit,
-    }
-
-
-def settings(cfg):
-    """What decides the numbers of a run."""
-    return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in MACHINE}
-
-
-def differences(found, cfg):
-    return "; ".join(
-        f"{k} {found.get(k)!r}, not {v!r}" for k, v in settings(cfg).items() if found.get(k) != v
-    )
-
-
-def open_folder(cfg):
-    """Make the run's folder and its config.json.
-
-    UserError if it cannot be written, holds another run, or files of these names from elsewhere.
-    """
-    path = Path(cfg.out) / "config.json"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        foreign = [] if path.exists() else [name for name in FILES if (path.parent / name).exists()]
-        if foreign:
-            raise UserError(f"{cfg.out} has {', '.join(foreign)} but no config.json; choose another --out")
-        if path.exists() and (other := differences(json.loads(path.read_text()), cfg)):
-            raise UserError(f"{cfg.out} holds another run ({other}); choose another --out")
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(settings(cfg), indent=1) + "\n")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"cannot use {cfg.out} as a run's folder: {error}") from None
-
-
-def load_checkpoint(cfg):
-    """The state in the folder's checkpoint.pt.  UserError if it is missing, damaged, or of other settings."""
-    path = Path(cfg.out) / "checkpoint.pt"
-    try:
-        state = torch.load(path, map_location=cfg.device, weights_only=True)
-        other = differences(state["config"], cfg)
-    except (
-        OSError,
-        RuntimeError,
-        pickle.UnpicklingError,
-        EOFError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as error:
-        raise UserError(f"cannot resume from {path}: {str(error).splitlines()[0]}") from None
-    if other:
-        raise UserError(f"{path} is of other settings ({other})")
-    return state
 
 
 # ------------------------------------------------------------------------------------------------
@@ -137,8 +45,14 @@ class Log:
     Its random numbers are its own, so looking does not change the training.
     """
 
-    def __init__(self, cfg, target, teacher, progress, seconds):
-        self.cfg, self.target, self.teacher, self.progress = cfg, target, teacher, progress
+    def __init__(self, cfg, folder, target, teacher, progress, seconds):
+        self.cfg, self.folder, self.target, self.teacher, self.progress = (
+            cfg,
+            folder,
+            target,
+            teacher,
+            progress,
+        )
         self.start, self.warned = time.perf_counter() - seconds, set()
         rng = torch.Generator(cfg.device).manual_seed(cfg.seed + 1)
         self.data = target.sample(N_LOG, rng)
@@ -204,14 +118,8 @@ class Log:
                 self.warned.add(name)
 
     def save(self, run):
-        out = Path(self.cfg.out)
-        with replacing(out / "checkpoint.pt") as path:
-            torch.save({"config": settings(self.cfg), **run.state_dict()}, path)
-        with replacing(out / "log.csv") as path, open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, run.history[0].keys())
-            writer.writeheader()
-            for row in run.history:
-                writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+        write_rows(self.folder.path / "log.csv", run.history, digits=6)
+        self.folder.save(run.step, run.state_dict())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -258,7 +166,7 @@ def finish(cfg, run, log, status):
         "steps": run.step,
         "train_seconds": seconds,
     }
-    metrics["versions"] = versions()
+    metrics["versions"] = versions() | {"numpy": np.__version__}
     with replacing(out / "samples.npz") as path:
         np.savez_compressed(path, **arrays)
     if not cfg.no_pictures:
@@ -268,6 +176,5 @@ def finish(cfg, run, log, status):
             plots.final_figure(panels, run.history, log.floor).savefig(path, dpi=90)
         with replacing(out / "convergence.gif") as path:
             plots.convergence_gif(path, run.snapshots, run.history, log.scene)
-    with replacing(out / "metrics.json") as path:
-        path.write_text(json.dumps(metrics, indent=1) + "\n")
+    write_json(out / "metrics.json", metrics)
     return metrics

@@ -4,7 +4,6 @@ A record is a run's JSON: its settings, "status" (finished, diverged or failed),
 failed, train_2d's metrics and the curves of its log.  Nothing here trains or reads files.
 """
 
-import csv
 import math
 import statistics
 from collections import defaultdict
@@ -75,13 +74,6 @@ def row_of(key, record):
         reached = [step for step, ratio in zip(log["step"], over_floor(record)) if ratio <= 2]
         row["steps_to_twice_floor"] = reached[0] if reached else math.inf
     return row
-
-
-def write_csv(path, rows):
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def summarise(rows):

@@ -9,15 +9,13 @@
 A teacher learns the target by denoising score matching and is copied into the generator and the
 online ("fake") network; then the two losses of sim_core alternate.  What a run learns is in its
 folder: convergence.gif and final.png to look at, log.csv, metrics.json and samples.npz to compute
-with, checkpoint.pt to go on from (--resume).  Ctrl-C stops early and still writes them all.
+with, checkpoints to go on from (--resume).  Ctrl-C stops early and still writes them all.
 """
 
 import copy
 import math
-import signal
 import sys
 import time
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -29,8 +27,11 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import sim_core as sim
-from toy.config import UserError, check, parse_args, resolve, surrogate
-from toy.logbook import Diverged, Log, finish, load_checkpoint, open_folder
+from toy import command
+from toy.config import check, parse_args, resolve, settings, surrogate
+from toy.files import UserError
+from toy.folder import Folder
+from toy.logbook import Diverged, Log, finish
 from toy.metrics import sample_law
 from toy.mixtures import make_target
 from toy.networks import Denoiser, Generator, VPDenoiser, mlp, vp_sigma, vp_weight
@@ -120,11 +121,12 @@ class Run:
             getattr(self, name).load_state_dict(state[name])
         for name in self.VALUES:
             setattr(self, name, state[name])
+        self.bank = self.bank.to(self.rng.device)
         self.rng.set_state(state["rng"].cpu())
 
 
 def distill(cfg, run, target, teacher, log, stop):
-    """Alternate the two updates until cfg.steps, or until stop(); log(run, losses) every now and then."""
+    """Alternate the two updates until cfg.steps or a signal in `stop`; log(run, losses) now and then."""
     rng, batch = run.rng, cfg.batch
     draw_sigma = sigma_sampler(cfg.sigma_distribution, rng)
     draw_fake_sigma = sigma_sampler(cfg.fake_sigma_distribution, rng)
@@ -162,12 +164,14 @@ def distill(cfg, run, target, teacher, log, stop):
         run.fake.requires_grad_(True)
         return loss
 
-    if run.step == 0:
+    if not run.history:  # of a run that was killed, the first look's checkpoint comes after the warm-up
         for _ in range(cfg.warmup if learned else 0):
+            if stop:
+                raise KeyboardInterrupt
             update_fake()
         log(run, {})
     marks, losses = {math.ceil(cfg.steps * (i / LOGS) ** 2) for i in range(1, LOGS + 1)}, {}
-    while run.step < cfg.steps and not stop():
+    while run.step < cfg.steps and not stop:
         for _ in range(cfg.fake_updates if learned else 0):
             losses["fake_loss"] = update_fake()
         losses["surrogate"] = update_generator()
@@ -182,26 +186,6 @@ def distill(cfg, run, target, teacher, log, stop):
         log(run, losses)
 
 
-@contextmanager
-def stop_on_signal():
-    """Yields stop(): true once Ctrl-C or SIGTERM came, so that training ends between two steps."""
-    received = []
-
-    def handler(number, frame):
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C means it
-        received.append(number)
-
-    try:
-        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: signals are somebody else's
-        before = {}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
 def main(cfg, teach=train_teacher):
     """Train, distil, write everything into cfg.out; cfg resolved.  Returns the metrics.
 
@@ -209,8 +193,9 @@ def main(cfg, teach=train_teacher):
     """
     check(cfg)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
-    saved = load_checkpoint(cfg) if cfg.resume else None
-    open_folder(cfg)
+    folder = Folder(cfg.out, settings(cfg))
+    folder.claim(cfg.resume, again=True)
+    saved = folder.load() if cfg.resume else None
     torch.manual_seed(cfg.seed)
     rng = torch.Generator(cfg.device).manual_seed(cfg.seed)
     target = make_target(cfg.target).to(cfg.device)
@@ -218,39 +203,28 @@ def main(cfg, teach=train_teacher):
     network = make_denoiser(cfg, target).requires_grad_(False) if saved else teach(cfg, target, rng)
     run = Run(cfg, network, rng)
     if saved:
-        try:
-            run.load_state_dict(saved)
-        except (KeyError, ValueError, RuntimeError) as error:  # right settings, wrong contents
-            reason = " ".join(str(error).split())
-            raise UserError(f"cannot resume from {cfg.out}/checkpoint.pt: {reason:.200}") from None
+        run.load_state_dict(saved)
     seconds = run.history[-1]["seconds"] if saved else time.perf_counter() - start
     teacher, status = target.denoiser if cfg.teacher == "exact" else run.teacher, "interrupted"
     with tqdm(total=cfg.steps, initial=run.step, desc=cfg.target, unit="step", mininterval=0.5) as progress:
-        log = Log(cfg, target, teacher, progress, seconds)
+        log = Log(cfg, folder, target, teacher, progress, seconds)
         try:
-            with stop_on_signal() as stop:
+            with command.stop_on_signal() as stop:
                 distill(cfg, run, target, teacher, log, stop)
             status = "finished" if run.step == cfg.steps else "interrupted"
         except Diverged as error:
             if not run.history:
                 raise UserError(str(error)) from None
             progress.write(f"train_2d.py: stopped: {error}", file=sys.stderr)
-            run.load_state_dict(load_checkpoint(cfg))  # the last good state
+            run.load_state_dict(folder.load())  # the last good state
             status = "diverged"
     return finish(cfg, run, log, status)
 
 
-def cli(argv=None):
-    """The command line: prints a summary and returns the exit code."""
-    try:
-        cfg = resolve(*parse_args(__doc__, argv))
-        m = main(cfg)
-    except (UserError, OSError) as error:  # OSError: the disk is full, or gone
-        print(f"train_2d.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("train_2d.py: interrupted before there was anything to write", file=sys.stderr)
-        sys.exit(130)
+def tell(argv=None):
+    """From the command line to a summary -> the exit code."""
+    cfg = resolve(*parse_args(__doc__, argv))
+    m = main(cfg)
     energy = [m[k] for k in ("energy_distance", "teacher_energy_distance", "energy_distance_floor")]
     print(f"{m['status']} after {m['steps']} steps; {m['train_seconds']:.0f} s of training, teacher included")
     print("  energy distance to target  {:.5f}  (teacher {:.5f}; two samples of it {:.5f})".format(*energy))
@@ -261,6 +235,11 @@ def cli(argv=None):
     look = "" if cfg.no_pictures else "; look at convergence.gif and final.png"
     print(f"  everything is in {cfg.out}{look}")
     return {"finished": 0, "interrupted": 130, "diverged": 1}[m["status"]]
+
+
+def cli(argv=None):
+    """The command line: returns the exit code."""
+    return command.run(lambda: tell(argv), "interrupted before there was anything to write")
 
 
 if __name__ == "__main__":

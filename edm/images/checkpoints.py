@@ -13,10 +13,9 @@ import reprlib
 import safetensors.torch
 import torch
 
-from edm.config import UserError
-from edm.files import naming, replacing
 from edm.images.edm_pickle import read_pickle
 from edm.images.networks import EDMPrecond
+from toy.files import UserError, naming, replacing
 
 
 def save(path, network, **about):

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from edm.config import LEAST_IMAGES, UserError
-from edm.files import naming
+from edm.config import LEAST_IMAGES
 from edm.images.safe_pickle import InertUnpickler, Record
+from toy.files import UserError, naming
 
 # Far above any data set meant here, far below what a gzip or zip bomb announces.
 MAX_IMAGES, MAX_MEMBER, MAX_CLASSES = 2**20, 2**28, 2**16  # in an IDX file; bytes of a zip's member; labels

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edm.config import UserError
 from edm.images.safe_pickle import InertUnpickler, Record
+from toy.files import UserError
 
 TABLE = {
     ("collections", "OrderedDict"): dict,

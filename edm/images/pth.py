@@ -14,8 +14,8 @@ import zipfile
 import numpy as np
 import torch
 
-from edm.config import UserError
 from edm.images.safe_pickle import InertUnpickler, Record
+from toy.files import UserError
 
 # Where scripts keep weights, the moving average first.  A dictionary without any of these is the weights.
 NESTS = "ema state_dict_ema ema_state_dict model_ema params_ema".split()

@@ -2,7 +2,7 @@
 
 import pickle
 
-from edm.config import UserError
+from toy.files import UserError
 
 
 class Record:

@@ -5,10 +5,10 @@ import re
 
 import torch
 
-from edm.config import UserError
 from edm.device import finest
 from edm.images.data import one_hot, to_uint8
 from edm.images.networks import Generator
+from toy.files import UserError
 
 
 def latents(seeds, shape, label_dim=0):

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from edm.config import UserError
 from edm.images.sampler import make_sampler, sample_batches
 from edm.quality.metrics import (
     Inception,
@@ -17,6 +16,7 @@ from edm.quality.metrics import (
     inception_score,
     load_statistics,
 )
+from toy.files import UserError
 
 
 def feature_network(cfg, data, state):

@@ -29,10 +29,10 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 
-from edm.config import LEAST_IMAGES, UserError
+from edm.config import LEAST_IMAGES
 from edm.device import Single, exact
-from edm.files import check_writable, naming, replacing
 from edm.images.data import to_network
+from toy.files import UserError, check_writable, naming, replacing
 
 # ----------------------------------------------------------------------------------------------
 # Feature networks.

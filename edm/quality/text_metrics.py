@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from edm.config import UserError
 from edm.device import Single
-from edm.files import naming
 from edm.images.checkpoints import some
 from edm.images.pth import read_pth
 from edm.text.prompts import exists_here
+from toy.files import UserError, naming
 
 LAYERS = (0, 2, 4, 6, 7)  # of the aesthetic head; those between are dropout, for its training
 

@@ -1,7 +1,5 @@
 """A small PixArt that a CPU can train: handwritten digits that follow their caption."""
 
-import shutil
-
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -9,6 +7,8 @@ from tqdm import tqdm
 from edm.device import Single
 from edm.images.data import Images, load_images, to_network
 from edm.text.pixart import BETA_FIRST, BETA_LAST, encode, without
+from toy.command import stop_on_signal
+from toy.files import replacing
 
 NUMBERS = "zero one two three four five six seven eight nine".split()
 TEMPLATES = ("a handwritten {}", "the digit {}", "the number {}", "a {}")
@@ -31,18 +31,17 @@ def pictures():
     return Images(larger.expand(-1, 3, -1, -1).contiguous(), data.labels, "digits, 16x16")
 
 
-def make_text_encoder(folder):
-    """A tokenizer of letters and of the prompts' words, and a T5 encoder of random weights."""
+def make_text_encoder():
+    """-> a tokenizer of letters and of the prompts' words, and a T5 encoder of random weights."""
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
     words = sorted({word for prompt in PROMPTS for word in prompt.split()})
     pieces = ["▁", *"abcdefghijklmnopqrstuvwxyz0123456789.,", *("▁" + word for word in words)]
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     vocabulary += [(piece, -1.0 - (len(piece) == 1)) for piece in dict.fromkeys(pieces)]
-    T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=120).save_pretrained(folder / "tokenizer")
+    tokenizer = T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=120)
     with Single():
-        encoder = T5EncoderModel(T5Config(vocab_size=len(vocabulary), **T5))
-    encoder.save_pretrained(folder / "text_encoder")
+        return tokenizer, T5EncoderModel(T5Config(vocab_size=len(vocabulary), **T5))
 
 
 def train_vae(images, steps, batch=64, lr=4e-3, kl_weight=0.01):
@@ -53,14 +52,17 @@ def train_vae(images, steps, batch=64, lr=4e-3, kl_weight=0.01):
         vae, x = AutoencoderKL(**VAE), to_network(images)
     optimiser = torch.optim.Adam(vae.parameters(), lr, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, steps)
-    for _ in tqdm(range(steps), "VAE", unit="step", mininterval=1):
-        some = x[torch.randint(len(x), (batch,))]
-        posterior = vae.encode(some).latent_dist
-        error = (vae.decode(posterior.sample()).sample - some).square().sum((1, 2, 3))
-        optimiser.zero_grad()
-        (error + kl_weight * posterior.kl()).mean().backward()
-        optimiser.step()
-        schedule.step()
+    with stop_on_signal() as stop:
+        for _ in tqdm(range(steps), "VAE", unit="step", mininterval=1):
+            if stop:
+                raise KeyboardInterrupt  # too short to be continued: it begins anew
+            some = x[torch.randint(len(x), (batch,))]
+            posterior = vae.encode(some).latent_dist
+            error = (vae.decode(posterior.sample()).sample - some).square().sum((1, 2, 3))
+            optimiser.zero_grad()
+            (error + kl_weight * posterior.kl()).mean().backward()
+            optimiser.step()
+            schedule.step()
     vae.register_to_config(scaling_factor=1.0)
     vae.register_to_config(scaling_factor=1 / encode(vae.eval(), x).std().item())
     return vae
@@ -71,11 +73,10 @@ def make_frozen(folder, seed, vae_steps):
     if folder.exists():
         return
     torch.manual_seed(seed)
-    unfinished = folder.with_name("tmp-" + folder.name)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    make_text_encoder(unfinished)
-    train_vae(pictures().images, vae_steps).save_pretrained(unfinished / "vae")
-    unfinished.rename(folder)
+    parts = *make_text_encoder(), train_vae(pictures().images, vae_steps)
+    with replacing(folder) as unfinished:
+        for name, part in zip(("tokenizer", "text_encoder", "vae"), parts):
+            part.save_pretrained(unfinished / name)
 
 
 def text_examples(data, vae, encoder, levels):
@@ -102,17 +103,16 @@ def save_pipeline(folder, frozen, transformer):
     from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtAlphaPipeline
     from transformers import AutoTokenizer, T5EncoderModel
 
-    unfinished = folder.with_name("tmp-" + folder.name)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    PixArtAlphaPipeline(
+    pipeline = PixArtAlphaPipeline(
         AutoTokenizer.from_pretrained(frozen / "tokenizer"),
         T5EncoderModel.from_pretrained(frozen / "text_encoder"),
         AutoencoderKL.from_pretrained(frozen / "vae", dtype=torch.float32),
         transformer,
         DPMSolverMultistepScheduler(beta_start=BETA_FIRST, beta_end=BETA_LAST, beta_schedule="linear"),
-    ).save_pretrained(unfinished)
-    (unfinished / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
-    unfinished.rename(folder)
+    )
+    with replacing(folder) as unfinished:
+        pipeline.save_pretrained(unfinished)
+        (unfinished / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
 
 
 def grid_prompts(rows=4):

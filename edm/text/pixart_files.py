@@ -19,12 +19,11 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from edm.config import UserError
-from edm.files import naming
 from edm.images.checkpoints import check_weights, is_safetensors, read_safetensors, some
 from edm.images.pth import read_pth
 from edm.text.pixart import PixArtDenoiser, sigma_of_t
 from edm.text.pixart_names import POSITIONS, from_original
+from toy.files import UserError, naming
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHTS = "diffusion_pytorch_model.safetensors"

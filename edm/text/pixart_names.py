@@ -5,9 +5,8 @@ import math
 import re
 from pathlib import Path
 
-from edm.config import UserError
-from edm.files import naming
 from edm.images.checkpoints import some
+from toy.files import UserError, naming
 
 POSITIONS = "pos_embed.pos_embed"  # computed, not learned
 TOP = {  # PixArt's name -> diffusers'; .weight and .bias alike

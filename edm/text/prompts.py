@@ -15,8 +15,7 @@ import torch
 from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
 
-from edm.config import UserError
-from edm.files import naming
+from toy.files import UserError, naming
 
 SOURCE = "PixArt-alpha/SAM-LLaVA-Captions10M"
 MAX_TOKENS = 120  # PixArt-alpha's, the end token among them

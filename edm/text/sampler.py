@@ -10,13 +10,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from edm.config import UserError
-from edm.files import naming
 from edm.images.data import to_uint8
 from edm.images.networks import Generator
 from edm.images.sampler import latents
 from edm.text.pixart import decode, without
 from edm.text.prompts import read_prompts
+from toy.files import UserError, naming
 
 FIGURE3 = (  # B.6
     "A small cactus with a happy face in the Sahara desert.",

@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from edm.config import UserError
 from edm.device import peak_memory, slow_in_bf16
 from edm.training import plots
-from edm.training.run import stop_on_signal
+from toy.command import stop_on_signal
+from toy.files import UserError
 
 LOOKS = 50  # rows of the log
 
@@ -131,4 +131,4 @@ def complete(cfg, accelerator, task, run, look, picture, name, score=None):
     if status == "finished":
         return None
     accelerator.print(f"stopped by a signal and saved; --resume --out {cfg.out} goes on")
-    return 0
+    return 130

@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import sim_core as sim
-from edm.files import replacing
 from edm.images.data import to_uint8
+from toy.files import replacing
 
 
 def show(axes, image):

@@ -7,6 +7,7 @@ depends neither on the number of processes nor on interruptions, and there is no
 import contextlib
 import math
 import os
+import sys
 
 import numpy as np
 import torch
@@ -15,20 +16,24 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch.distributed.checkpoint import state_dict as whole
 from torch.distributed.fsdp import fully_shard
 
-from edm.config import UserError
-from edm.device import find_device
+from edm.device import find_device, processes
+from toy.files import UserError
 
 
 def make_accelerator(cfg):
     """One code path for a CPU, a GPU, and torchrun over several of either."""
     kind = find_device(cfg.device)
+    if theirs := [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        print(f"ignored, what decides is here: {', '.join(sorted(theirs))}", file=sys.stderr)
+        for name in theirs:
+            del os.environ[name]
     if cfg.precision == "fp16" and kind != "cuda":
         raise UserError("--precision fp16 is for GPUs with CUDA; others take bf16")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # gloo beside nccl: for what no GPU should wait for
+    if processes() > 1:  # gloo beside nccl: for what no GPU should wait for
         handlers.append(InitProcessGroupKwargs(backend="gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl"))
     try:
         accelerator = Accelerator(cpu=kind == "cpu", mixed_precision=cfg.precision, kwargs_handlers=handlers)

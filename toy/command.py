@@ -1,0 +1,155 @@
+"""Command lines of toy and edm: options with their ranges, one line for every wrong input, signals."""
+
+import argparse
+import dataclasses
+import math
+import os
+import signal
+import sys
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from toy.files import UserError
+
+
+class Range(NamedTuple):
+    """Where a number may lie, and the words for it."""
+
+    low: float
+    high: float
+    words: str
+    strict: str = ""  # "low", "high": the bounds that are not in it
+
+    def __contains__(self, value):
+        above = value > self.low if "low" in self.strict else value >= self.low
+        return above and (value < self.high if "high" in self.strict else value <= self.high)
+
+
+RANGES = {
+    "count": Range(1, math.inf, "at least 1"),
+    "some": Range(0, math.inf, "0 or more"),
+    "many": Range(1, 10**6, "from 1 to 1,000,000"),  # of what is held in memory at once
+    "threads": Range(0, 1024, "from 0 to 1,024"),
+    "seed": Range(0, 2**63 - 9, "from 0 to 2^63 - 9"),  # what torch takes, and those beside it
+    "positive": Range(0, math.inf, "positive", "low high"),
+    "share": Range(0, 1, "in [0, 1]"),
+    "below one": Range(0, 1, "in [0, 1)", "high"),
+}
+
+
+def at_least(low):
+    return RANGES["many"]._replace(low=low, words=f"from {low} to 1,000,000")
+
+
+def option(default, help, choices=None, **more):
+    """A field of a settings dataclass.  more: within, of RANGES; the rest as for argparse's add_argument."""
+    more |= {"help": help} | ({"choices": tuple(choices)} if choices else {})
+    return dataclasses.field(default=default, metadata=more)
+
+
+def refuse(flag, values, within=None):
+    """Raise UserError for an empty text, an endless number, or one out of its range."""
+    within = RANGES.get(within, within)
+    for value in values if isinstance(values, (list, tuple)) else [values]:
+        if isinstance(value, str) and not value:
+            raise UserError(f"{flag} is empty")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{flag} must be {within.words if within else 'a finite number'}, got {value}")
+        if within and value is not None and value not in within:
+            raise UserError(f"{flag} must be {within.words}, got {value}")
+
+
+def flag_of(name):
+    return "--" + name.replace("_", "-")
+
+
+def check_ranges(cfg):
+    """Refuse settings out of their ranges, each by its option's name.  Raises UserError."""
+    for f in dataclasses.fields(cfg):
+        if not f.metadata.get("const") == getattr(cfg, f.name) == "":  # an option without its value
+            refuse(flag_of(f.name), getattr(cfg, f.name), f.metadata.get("within"))
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with ranges, and errors of one line."""
+
+    def __init__(self, description=None, **more):
+        self.within = {}
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **more
+        )
+
+    def add_argument(self, *flags, within=None, **more):
+        action = super().add_argument(*flags, **more)
+        self.within[action] = within
+        return action
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, rest = super().parse_known_args(args, namespace)
+        for action, within in self.within.items():
+            value = getattr(found, action.dest, None)
+            if not (value == "" == action.const):  # an option without its value
+                try:
+                    refuse((action.option_strings or [action.dest])[-1], value, within)
+                except UserError as error:
+                    self.error(str(error))
+        return found, rest
+
+    def error(self, message):
+        message = " ".join(message.split())
+        self.exit(2, f"{self.prog}: error: {message if len(message) < 300 else message[:300] + ' ...'}\n")
+
+
+def add_options(parser, cls):
+    """The fields of a settings dataclass, in their order."""
+    for f in dataclasses.fields(cls):
+        about = dict(f.metadata)
+        if f.type is bool:
+            about["action"] = argparse.BooleanOptionalAction if f.default else "store_true"
+        else:
+            about["type"] = f.type
+            about["help"] += "" if f.default is None else " (default %(default)s)"
+        parser.add_argument(flag_of(f.name), default=f.default, **about)
+
+
+def run(work, interrupted="interrupted"):
+    """work() -> the exit code: what it returns, 2 and one line for a wrong input, 130 for Ctrl-C."""
+    name = os.path.basename(sys.argv[0])
+    try:
+        if "matplotlib" in sys.modules:  # whatever somebody's matplotlibrc says
+            sys.modules["matplotlib"].rcdefaults()
+        return work() or 0
+    except (UserError, OSError) as error:  # OSError: the disk is full, or gone
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return getattr(error, "code", 2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(error):
+            raise
+        print(f"{name}: error: out of memory: lower --batch or --samples", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: {interrupted}", file=sys.stderr)
+        return 130
+
+
+@contextmanager
+def stop_on_signal():
+    """Yields a list that Ctrl-C, SIGTERM or SIGHUP appends to, so that training ends between two steps."""
+    received = []
+
+    def handler(number, frame):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C means it
+        received.append(number)
+
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+    try:
+        before = {number: signal.signal(number, handler) for number in numbers}
+    except ValueError:  # not in the main thread: signals are somebody else's
+        before = {}
+    try:
+        yield received
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

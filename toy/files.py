@@ -1,0 +1,127 @@
+"""Files that are whole or absent, locks, and errors of one line that name theirs.  Toy's and edm's alike."""
+
+import csv
+import errno
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+import torch
+
+
+class UserError(Exception):
+    """Something the user can put right: one line, exit code 2."""
+
+    code = 2
+
+
+def remove(path):
+    """A file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path):
+    """Yield a neighbour to write to, file or folder, then rename it: nobody, not even after a crash, meets
+    half of it.  OSError of one line, naming the path, whatever the writer's library raises for a full disk.
+    """
+    path = Path(path)
+    temporary = path.with_name("tmp-" + path.name)
+    try:
+        remove(temporary)  # a killed process was writing it
+        yield temporary
+        if temporary.is_file():
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())  # else a power cut may keep the new name and lose the contents
+        os.replace(temporary, path)
+    except Exception as error:
+        if not (isinstance(error, (OSError, RuntimeError)) or type(error).__name__ == "SafetensorError"):
+            raise
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:100]
+        raise OSError(f"{path}: cannot be written ({reason})") from None
+    finally:
+        remove(temporary)
+
+
+@contextmanager
+def naming(path):
+    """Turn every error into a UserError of one line that names the file."""
+    try:
+        yield
+    except Exception as error:  # damaged bytes can raise nearly anything
+        reason = str(error)
+        if isinstance(error, OSError):
+            reason = error.strerror or reason
+        elif not isinstance(error, UserError):
+            line = " ".join(reason.split())[:100]
+            reason = f"damaged, or of another kind ({type(error).__name__}: {line})"
+        text = f"{path}: {reason}"
+        raise UserError("".join(c if c.isprintable() else "?" for c in text)) from None
+
+
+def write_json(path, content):
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def write_rows(path, rows, digits=None):
+    """A table, of a dictionary per row; what a row lacks is nan."""
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row), restval="nan")
+        writer.writeheader()
+        for row in rows:
+            short = digits and {k: f"{v:.{digits}g}" for k, v in row.items() if isinstance(v, float)}
+            writer.writerow(row | (short or {}))
+
+
+def check_writable(path):
+    """Raise UserError unless a file can be written there, with the folders it lacks.  Leaves nothing."""
+    folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
+    try:
+        if Path(path).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def lock(path, what=None):
+    """Take a lock file -> what holds it as long as it lives.  UserError, naming what, if another has it."""
+    what = what or Path(path).parent
+    held = filelock.FileLock(path)
+    try:
+        held.acquire(blocking=False)
+    except filelock.Timeout:
+        raise UserError(f"{what} is in use by another process") from None
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, (PermissionError, FileNotFoundError, NotADirectoryError)):
+            raise
+        print(f"no locks on this file system: start nothing else on {what}", file=sys.stderr)
+    return held
+
+
+def versions():
+    """What besides the settings decides the numbers: software, and the commit where git knows it."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        commit = None
+    return {"python": platform.python_version(), "torch": torch.__version__, "commit": commit}
