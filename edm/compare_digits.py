@@ -270,9 +270,9 @@ def report(args, students, teachers):
 def main(args):
     """Train what is missing, report on all.  Returns `final`'s numbers."""
     students, teachers = plan(args)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    held = lock(Path(args.out) / ".lock")  # noqa: F841, until the end
     if args.jobs:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        held = lock(Path(args.out) / ".lock")  # noqa: F841, until the end
         todo = [(judged_teacher, cfg, args.samples) for cfg in teachers.values() if not read_scores(cfg)]
         work_off(args.jobs, "teachers", todo)
         work_off(args.jobs, "study", [(judged_student, c) for c in students.values() if not read_scores(c)])

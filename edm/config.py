@@ -230,8 +230,6 @@ def check(cfg):
     """Refuse impossible settings, each by its name.  Raises UserError."""
     check_ranges(cfg)
     if isinstance(cfg, Algorithm2):
-        if cfg.warmup >= cfg.steps:
-            raise UserError(f"--warmup {cfg.warmup} leaves no update of the generator in --steps {cfg.steps}")
         try:
             surrogate(cfg)
         except ValueError as error:

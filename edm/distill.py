@@ -74,6 +74,9 @@ def distil(cfg, kind):
         parts.load(find_teacher(cfg, accelerator, parts))
     task = parts.build()
     pictures, score = parts.pictures(run, task), parts.score(run, task)
+    if cfg.warmup >= cfg.steps:
+        words = f"warning: --warmup {cfg.warmup} leaves no update of the generator in --steps {cfg.steps}"
+        accelerator.print(words, file=sys.stderr)
     try:
         code = complete(cfg, accelerator, task, run, pictures.look, pictures, "distil", score)
     except torch.OutOfMemoryError:

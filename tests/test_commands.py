@@ -1,5 +1,10 @@
 """Every option of every command with wrong values, and what else all commands share."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -27,7 +32,7 @@ from edm.config import (
     TextDistillation,
     command_line,
 )
-from toy import command, compare_2d, train_2d
+from toy import command, compare_2d, files, train_2d
 
 ROOT = Path(__file__).parents[1]
 
@@ -99,3 +104,109 @@ def test_wrong_values_are_refused_in_one_line(name, monkeypatch, tmp_path, capsy
             assert code == 2 and err.count("\n") == 1 and len(err) < 500, (argv, code, err)
     assert not [*tmp_path.iterdir()]
     assert tried or name == "preference_study tally"
+
+
+def test_what_ends_a_command(capsys, monkeypatch):
+    def failing(error):
+        def work():
+            raise error
+
+        return work
+
+    for error, code, words in (
+        (files.UserError("bad"), 2, "error: bad"),
+        (OSError(28, "No space left on device"), 2, "No space left on device"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (MemoryError(), 2, "out of memory"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            2,
+            "out of memory",
+        ),
+    ):
+        assert command.run(failing(error)) == code
+        err = capsys.readouterr().err
+        assert words in err and err.count("\n") == 1
+    with pytest.raises(RuntimeError, match="ours"):
+        command.run(failing(RuntimeError("ours")))
+    assert command.run(lambda: None) == 0 and command.run(lambda: 1) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_are_heard_once_and_given_back(number):
+    before = signal.getsignal(number)
+    with command.stop_on_signal() as stop:
+        assert not stop
+        os.kill(os.getpid(), number)
+        assert stop == [number]
+        with pytest.raises(KeyboardInterrupt):  # a second Ctrl-C means it
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert signal.getsignal(number) is before
+
+
+def test_whatever_writes_raises_one_kind_of_error_and_leaves_nothing(tmp_path):
+    import safetensors
+
+    for error in (
+        OSError(28, "No space left"),
+        RuntimeError("unexpected pos"),
+        safetensors.SafetensorError("full"),
+    ):
+        with (
+            pytest.raises(OSError, match=r"file: cannot be written \("),
+            files.replacing(tmp_path / "file") as temporary,
+        ):
+            temporary.write_text("half")
+            raise error
+    (tmp_path / "tmp-file").mkdir()  # of a killed process
+    with files.replacing(tmp_path / "file") as temporary:
+        temporary.mkdir()
+        (temporary / "part").write_text("a")
+    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == ["file", "file/part"]
+
+
+def test_a_lock_is_one_process_s(tmp_path, monkeypatch, capsys):
+    code = "import sys, time; from toy.files import lock; held = lock(sys.argv[1]); print('has', flush=True)"
+    code, file = f"{code}; time.sleep(60)", str(tmp_path / "a")
+    other = subprocess.Popen([sys.executable, "-c", code, file], stdout=-1, text=True, cwd=ROOT)
+    assert other.stdout.readline() == "has\n"
+    with pytest.raises(files.UserError, match="in use by another process"):
+        files.lock(file)
+    other.kill()
+    other.wait()
+    files.lock(file).release()
+
+    def none(*args):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    files.lock(file)
+    assert "no locks on this file system" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["x", "", "2", "-1"])
+def test_half_of_torchrun_s_variables(value, monkeypatch):
+    from edm.device import processes
+
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", value)
+    with pytest.raises(files.UserError, match=r"WORLD_SIZE .*start with torchrun"):
+        processes()
+
+
+def test_accelerate_s_variables_decide_nothing(monkeypatch, capsys):
+    from accelerate.state import AcceleratorState
+
+    from edm.training.trainee import make_accelerator
+    from tests.test_distill import config
+
+    AcceleratorState._reset_state(True)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    accelerator = make_accelerator(config())
+    assert accelerator.gradient_accumulation_steps == 1 and accelerator.state.deepspeed_plugin is None
+    AcceleratorState._reset_state(True)
+    assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS, ACCELERATE_USE_DEEPSPEED" in capsys.readouterr().err

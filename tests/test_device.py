@@ -34,7 +34,8 @@ from toy.files import UserError
 def test_device_that_is_meant(here, processes, wanted, found, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in here)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in here)
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, str(processes))
     if found.startswith("--"):
         with pytest.raises(UserError, match=found):
             device.find_device(wanted)
@@ -44,7 +45,7 @@ def test_device_that_is_meant(here, processes, wanted, found, monkeypatch):
 
 def test_memory_is_in_bytes_on_every_system(monkeypatch):
     use = SimpleNamespace(ru_maxrss=3000)
-    monkeypatch.setattr(device.resource, "getrusage", lambda who: use)
+    monkeypatch.setattr("resource.getrusage", lambda who: use)
     cpu, mps = SimpleNamespace(type="cpu"), SimpleNamespace(type="mps")
     for system, unit in (("linux", 1024), ("darwin", 1)):
         monkeypatch.setattr(device.sys, "platform", system)

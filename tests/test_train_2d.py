@@ -194,7 +194,8 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, capsys, monkeypatch, args, m
 
 def test_nothing_is_overwritten(tmp_path):
     assert finished(command(tmp_path))[0] == 0
-    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    contents = lambda: {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    before = contents()
     for args, message in (
         (["--steps", "13"], "steps 12, not 13"),
         (["--width", "9", "--resume"], "width 8, not 9"),
@@ -202,7 +203,7 @@ def test_nothing_is_overwritten(tmp_path):
     ):
         code, _, err = finished(command(tmp_path, *args))
         assert code == 2 and message in err and len(err.strip().splitlines()) == 1
-    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+    assert contents() == before
 
 
 @pytest.mark.parametrize("damage", ["missing", "newest", "all"])

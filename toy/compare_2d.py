@@ -224,9 +224,9 @@ def report(args, configs):
 def main(args):
     """Train what is missing, report on all.  Returns `summarise`'s numbers."""
     configs = plan(args)
-    (Path(args.out) / "runs").mkdir(parents=True, exist_ok=True)
-    held = lock(Path(args.out) / ".lock")  # noqa: F841, until the end
     if args.jobs:
+        (Path(args.out) / "runs").mkdir(parents=True, exist_ok=True)
+        held = lock(Path(args.out) / ".lock")  # noqa: F841, until the end
         train(configs.values(), args.jobs)
     return report(args, configs)
 

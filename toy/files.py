@@ -105,7 +105,8 @@ def digest(path):
 def lock(path, what=None):
     """Take a lock file -> what holds it as long as it lives.  UserError, naming what, if another has it."""
     what = what or Path(path).parent
-    held = filelock.FileLock(path)
+    os.stat(Path(path).absolute().parent)  # which filelock would make
+    held = filelock.FileLock(path, is_singleton=True)  # twice in one process is no contest
     try:
         held.acquire(blocking=False)
     except filelock.Timeout:
