@@ -73,7 +73,7 @@ class Settings:
 # For images, and for prompts: what only they take, defaults, least values.
 ONLY = ("data", "inception", "reference", "classifier"), ("clip", "aesthetic", "guidance", "precision")
 DEFAULTS = dict(samples=50_000, steps=18, batch=256), dict(steps=20, batch=4, guidance=4.5, precision="fp32")
-LEAST = dict(samples=LEAST_IMAGES, steps=2, batch=1), dict(samples=2)
+LEAST = dict(samples=LEAST_IMAGES, steps=1, batch=1), dict(samples=2, steps=1, batch=1)
 
 
 def filled(cfg):
@@ -207,7 +207,8 @@ def compare_prompts(cfg, state):
         for key, column in zip(("clip_score", "aesthetic"), values.T):
             row |= {key: column.mean().item(), f"{key}_error": column.std().item() / len(column) ** 0.5}
         calls = gather_object(seconds[name][1:] or seconds[name])  # of each process the first warms up
-        row["images_per_second"] = state.num_processes * cfg.batch * len(calls) / sum(calls)
+        working = min(state.num_processes, len(prompts))  # the others have none to draw
+        row["images_per_second"] = working * cfg.batch * len(calls) / sum(calls)
     return rows
 
 

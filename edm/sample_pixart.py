@@ -16,6 +16,7 @@ PixArtAlphaPipeline opens.  An image depends on its prompt and seed, not on the 
 import itertools
 import json
 import math
+import os
 import sys
 import textwrap
 from collections import defaultdict
@@ -82,7 +83,7 @@ def sheet(rows):
 
 def save_sheet(cfg, batches):
     """All images in one picture, the student's row of each prompt above the teacher's."""
-    words = {"student": "student, 1 step", "teacher": f"teacher, {cfg.steps} steps"}
+    words = {"student": "student, 1 step", "teacher": f"teacher, {cfg.steps} step{'s'[: cfg.steps > 1]}"}
     rows = defaultdict(list)
     for name, pairs, images in batches:
         for (prompt, _), image in zip(pairs, images):
@@ -174,6 +175,8 @@ def draw_all(cfg, student, about, folder, pairs):
 def main(cfg):
     """Draw the images, or write the pipeline."""
     check(cfg)
+    if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise UserError(f"{processes} processes would draw the same images: start it without torchrun")
     prompts, seeds = find_prompts(cfg.prompts), parse_seeds(cfg.seeds)
     student, about = load_transformer(cfg.student, cfg.heads, like=cfg.pipeline)
     sigma_init = sigma_init_of(cfg.student, about, cfg.sigma_init)

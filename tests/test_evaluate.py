@@ -505,7 +505,7 @@ WRONG = {
     "classifier in a file": (dict(classifier="few/0.png/c"), "few/0.png/c: cannot be written"),
     "classifier is a folder": (dict(classifier="few"), "few: "),
     "device": (dict(device="mps"), "--device mps: no MPS device here"),
-    "steps": (dict(steps=1), "--steps must be at least 2, got 1"),
+    "steps": (dict(steps=0), "--steps must be at least 1, got 0"),
     "batch": (dict(batch=0), "--batch must be at least 1, got 0"),
 }
 

@@ -225,6 +225,17 @@ def test_heun_follows_the_flow_of_a_gaussian():
     assert (x / z - 80 * 0.5 / math.hypot(80, 0.5)).abs().max() < 0.005
 
 
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_heun_counts_its_evaluations_and_one_step_ends_at_the_denoised(steps):
+    z, calls, target = torch.randn(6, 2, generator=rng()), [], make_target("ring")
+    x = heun(lambda x, sigma: calls.append(1) or target.denoiser(x, sigma), z, steps)
+    assert len(calls) == 2 * steps - 1
+    if steps == 1:
+        assert (x - target.denoiser(80 * z, 80.0)).abs().max() < 1e-4
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        heun(target.denoiser, z, 0)
+
+
 def test_heun_with_the_exact_denoiser_samples_the_target():
     target = make_target("ring")
     x = heun(target.denoiser, torch.randn(4000, 2, generator=rng()))
