@@ -545,17 +545,19 @@ def test_missing_student_is_an_error_of_one_line(capsys):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_numbers_of_one(files, classifier_file):
-    script, settings = str(ROOT / "edm/evaluate.py"), dict(samples=31, classifier=classifier_file)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for launcher, out in (([], "one.json"), (torchrun, "two.json")):
+@pytest.mark.parametrize("processes, samples", [(2, 31), (6, 5)])
+def test_processes_give_the_numbers_of_one(files, classifier_file, processes, samples):
+    """Those without an image, too."""
+    script, settings = str(ROOT / "edm/evaluate.py"), dict(samples=samples, classifier=classifier_file)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    for launcher, out in (([], "one.json"), (torchrun, "many.json")):
         command = [sys.executable, *launcher, script, *argv(out=out, **settings)]
         done = subprocess.run(
             command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
-    one, two = (json.loads(Path(name).read_text()) for name in ("one.json", "two.json"))
-    assert two["run"]["processes"] == 2 and one["run"]["processes"] == 1
+    one, many = (json.loads(Path(name).read_text()) for name in ("one.json", "many.json"))
+    assert many["run"]["processes"] == processes and one["run"]["processes"] == 1
     for name in ("student", "teacher", "data_floor"):
         for key in set(one[name]) - {"seconds", "images_per_second"}:
-            assert two[name][key] == pytest.approx(one[name][key], rel=1e-5), (name, key)
+            assert many[name][key] == pytest.approx(one[name][key], rel=1e-5), (name, key)

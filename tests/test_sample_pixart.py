@@ -285,6 +285,12 @@ def test_wrong_inputs_end_with_code_2_and_one_line(folder, here, capsys, case):
     assert sorted(folder.rglob("*")) == before and not [*here.iterdir()]
 
 
+def test_several_processes_are_refused(folder, here, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert run(folder) == 2 and not [*here.iterdir()]
+    assert "6 processes would draw the same images" in capsys.readouterr().err
+
+
 def test_as_a_script(folder, here):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     script = [sys.executable, str(ROOT / "edm" / "sample_pixart.py")]
