@@ -40,7 +40,7 @@ from edm.text import pixart_files
 from edm.text.pixart import PixArtDenoiser
 from edm.text.prompts import DTYPES, TextEncoder, quiet
 from edm.text.sampler import draw, find_prompts, make_encode
-from toy.command import option
+from toy.command import at_least, check_ranges, option
 from toy.files import UserError, replacing
 
 
@@ -48,7 +48,7 @@ from toy.files import UserError, replacing
 class Settings:
     student: str = option(None, "generator.safetensors of a run, or a one-step generator in EDM's .pkl form",
                           required=True, metavar="FILE")  # fmt: skip
-    sigma_init: float = option(None, SIGMA_INIT, metavar="SIGMA")
+    sigma_init: float = option(None, SIGMA_INIT, metavar="SIGMA", within="positive")
     teacher: str = option(None, "its teacher (default: as the student's file says, or none)", metavar="FILE")
     data: str = option(None, '"digits", or a data set\'s path')
     inception: str = option(None, "inception-2015-12-05.pt, for FID", metavar="FILE")
@@ -59,22 +59,22 @@ class Settings:
     prompts: str = option(None, "for text to image, instead of --data: a file of prompts, or figure3")
     clip: str = option(None, "for --prompts: a CLIP, folder or hub name", metavar="FOLDER")
     aesthetic: str = option(None, "for --prompts: the head of LAION's aesthetic score", metavar="FILE")
-    guidance: float = option(None, "for --prompts: of the teacher (default 4.5)")
+    guidance: float = option(None, "for --prompts: of the teacher (default 4.5)", within="count")
     precision: str = option(
         None, "for --prompts: of transformers and text encoder (default fp32)", ("fp32", "bf16")
     )
-    samples: int = option(None, "images of each sampler (default 50000; with --prompts at most: default all)")
+    samples: int = option(None, "images of each sampler (default 50000; with --prompts at most: default all)",
+                          within=at_least(2))  # fmt: skip
     steps: int = option(None, "the teacher's Heun steps: 2 * steps - 1 evaluations (default 18); with "
-                        "--prompts its sampler's (default 20)")  # fmt: skip
-    batch: int = option(None, "images at a time (default 256, with --prompts 4)")
+                        "--prompts its sampler's (default 20)", within="count")  # fmt: skip
+    batch: int = option(None, "images at a time (default 256, with --prompts 4)", within="many")
     device: str = option(*DEVICE)
     out: str = option("metrics.json", "file for the numbers")
 
 
-# For images, and for prompts: what only they take, defaults, least values.
+# For images, and for prompts: what only they take, defaults.
 ONLY = ("data", "inception", "reference", "classifier"), ("clip", "aesthetic", "guidance", "precision")
 DEFAULTS = dict(samples=50_000, steps=18, batch=256), dict(steps=20, batch=4, guidance=4.5, precision="fp32")
-LEAST = dict(samples=LEAST_IMAGES, steps=2, batch=1), dict(samples=2)
 
 
 def filled(cfg):
@@ -91,9 +91,9 @@ def check(cfg):
             raise UserError(f"--{name}: {'not' if text else 'only'} with --prompts")
     if not (cfg.clip if text else cfg.data):
         raise UserError("--prompts needs --clip" if text else "one of --data and --prompts is needed")
-    for name, least in LEAST[text].items():
-        if (given := getattr(cfg, name)) is not None and given < least:
-            raise UserError(f"--{name} must be at least {least}, got {given}")
+    check_ranges(cfg)
+    if not text and (cfg.samples or LEAST_IMAGES) < LEAST_IMAGES:
+        raise UserError(f"--samples must be at least {LEAST_IMAGES}, got {cfg.samples}")
     if Path(cfg.out).exists():
         raise UserError(f"{cfg.out}: exists already, and nothing is overwritten; choose another --out")
     if not Path(cfg.out).parent.is_dir():
@@ -208,7 +208,8 @@ def compare_prompts(cfg, state):
         for key, column in zip(("clip_score", "aesthetic"), values.T):
             row |= {key: column.mean().item(), f"{key}_error": column.std().item() / len(column) ** 0.5}
         calls = gather_object(seconds[name][1:] or seconds[name])  # of each process the first warms up
-        row["images_per_second"] = state.num_processes * cfg.batch * len(calls) / sum(calls)
+        working = min(state.num_processes, len(prompts))  # the others have none to draw
+        row["images_per_second"] = working * cfg.batch * len(calls) / sum(calls)
     return rows
 
 

@@ -28,7 +28,7 @@ from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
 from edm.config import DEVICE, command_line
-from edm.device import find_device
+from edm.device import find_device, processes
 from edm.images.sampler import parse_seeds
 from edm.sample import kind_of
 from edm.text.pixart import PixArtDenoiser
@@ -86,7 +86,7 @@ def sheet(rows):
 
 def save_sheet(cfg, batches):
     """All images in one picture, the student's row of each prompt above the teacher's."""
-    words = {"student": "student, 1 step", "teacher": f"teacher, {cfg.steps} steps"}
+    words = {"student": "student, 1 step", "teacher": f"teacher, {cfg.steps} step{'s'[: cfg.steps > 1]}"}
     rows = defaultdict(list)
     for name, pairs, images in batches:
         for (prompt, _), image in zip(pairs, images):
@@ -172,6 +172,8 @@ def draw_all(cfg, student, about, folder, pairs):
 def main(cfg):
     """Draw the images, or write the pipeline."""
     check(cfg)
+    if processes() > 1:
+        raise UserError(f"{processes()} processes would draw the same images: start it without torchrun")
     prompts, seeds = find_prompts(cfg.prompts), parse_seeds(cfg.seeds)
     student, about = load_transformer(cfg.student, cfg.heads, like=cfg.pipeline)
     sigma_init = sigma_init_of(cfg.student, about, cfg.sigma_init)

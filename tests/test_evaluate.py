@@ -107,6 +107,39 @@ def test_radii_and_shares_against_loops():
     assert metrics.share_inside(y, x, radii, chunk=7) == inside / 25
 
 
+def test_inception_score_of_few_images_has_parts_that_can_tell_classes():
+    for n, parts in ((6, 1), (19, 1), (40, 4), (100, 10), (1000, 10)):
+        sure = torch.eye(3).repeat(n, 1)[:n]
+        assert metrics.inception_score(sure) == metrics.inception_score(sure, parts) > 2
+
+
+@pytest.mark.parametrize("away", [1e3, 1e4])
+def test_features_far_from_the_origin_lose_no_digits(away):
+    """Compared with what is left of them, rounded to float32 there, at the origin."""
+    x, y = (normal(300, 5, seed=seed) * 0.1 for seed in range(2))
+    x, y = (x + away).float(), (1.2 * y + away).float()
+    near = x.double() - away, y.double() - away
+    for of in (metrics.frechet_distance, lambda a, b: metrics.share_inside(a, b, metrics.neighbour_radii(b))):
+        assert of(x, y) == pytest.approx(of(*near), rel=1e-6)
+    expected = metrics.neighbour_radii(near[0])
+    assert (metrics.neighbour_radii(x) - expected).abs().max() < 1e-6 * expected.min()
+    statistics = y.double().mean(0), y.double().T.cov()
+    assert metrics.frechet_distance(x, statistics) == pytest.approx(metrics.frechet_distance(*near), rel=1e-6)
+
+
+def test_processes_without_images_have_those_of_the_others(monkeypatch):
+    """Five images over seven processes."""
+    for rows in [*metrics.features_of(Flat(), [pixels(5, 0, 9, seed=0)])]:
+        told = [rows[:1].shape] * 5 + [None] * 2, [*rows.split(1), *torch.zeros(2, 1, rows.shape[1])]
+        shapes, parts = (lambda out, mine, found=found: out.__setitem__(slice(None), found) for found in told)
+        calls = dict(is_initialized=lambda: True, get_world_size=lambda: 7)
+        with monkeypatch.context() as patch:
+            for name, call in (calls | dict(all_gather_object=shapes, all_gather=parts)).items():
+                patch.setattr(metrics.dist, name, call)
+            for mine in (rows[:1], rows[4:], None):
+                assert torch.equal(metrics.gather([] if mine is None else [mine], "cpu"), rows)
+
+
 class Flat(nn.Module):
     """Pixels as features, the first ones also as class scores."""
 
@@ -473,7 +506,7 @@ WRONG = {
     "classifier in a file": (dict(classifier="few/0.png/c"), "few/0.png/c: cannot be written"),
     "classifier is a folder": (dict(classifier="few"), "few: "),
     "device": (dict(device="mps"), "--device mps: no MPS device here"),
-    "steps": (dict(steps=1), "--steps must be at least 2, got 1"),
+    "steps": (dict(steps=0), "--steps must be at least 1, got 0"),
     "batch": (dict(batch=0), "--batch must be at least 1, got 0"),
 }
 
@@ -513,17 +546,19 @@ def test_missing_student_is_an_error_of_one_line(capsys):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_numbers_of_one(files, classifier_file):
-    script, settings = str(ROOT / "edm/evaluate.py"), dict(samples=31, classifier=classifier_file)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for launcher, out in (([], "one.json"), (torchrun, "two.json")):
+@pytest.mark.parametrize("processes, samples", [(2, 31), (6, 5)])
+def test_processes_give_the_numbers_of_one(files, classifier_file, processes, samples):
+    """Those without an image, too."""
+    script, settings = str(ROOT / "edm/evaluate.py"), dict(samples=samples, classifier=classifier_file)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    for launcher, out in (([], "one.json"), (torchrun, "many.json")):
         command = [sys.executable, *launcher, script, *argv(out=out, **settings)]
         done = subprocess.run(
             command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
-    one, two = (json.loads(Path(name).read_text()) for name in ("one.json", "two.json"))
-    assert two["run"]["processes"] == 2 and one["run"]["processes"] == 1
+    one, many = (json.loads(Path(name).read_text()) for name in ("one.json", "many.json"))
+    assert many["run"]["processes"] == processes and one["run"]["processes"] == 1
     for name in ("student", "teacher", "data_floor"):
         for key in set(one[name]) - {"seconds", "images_per_second"}:
-            assert two[name][key] == pytest.approx(one[name][key], rel=1e-5), (name, key)
+            assert many[name][key] == pytest.approx(one[name][key], rel=1e-5), (name, key)

@@ -307,6 +307,27 @@ def test_labels():
 
 
 @torch.no_grad()
+def test_labels_and_sigma_of_other_shapes_are_named():
+    network, x = small(), images(10, 3, 8, 8)
+    rows = torch.eye(10)[:1]
+    assert error(network(x, 0.5, rows), network(x, torch.full((10,), 0.5), rows.expand(10, 10))) < 1e-6
+    assert torch.equal(network(x, 0.5, rows.long()), network(x, torch.tensor([0.5]), rows))
+    wrong = (
+        torch.arange(10),
+        torch.tensor(3),
+        list(range(10)),
+        torch.arange(10)[:, None],
+        rows[0],
+        rows[:, :9],
+    )
+    for labels in (*wrong, torch.eye(10)[:3], torch.arange(10.0)):
+        with pytest.raises(ValueError, match=r"class_labels must be one-hot, of shape \(10, 10\), got \("):
+            Generator(network)(x, class_labels=labels)
+    with pytest.raises(ValueError, match=r"sigma must be a number or \(10,\), got 3 of them"):
+        network(x, torch.ones(3))
+
+
+@torch.no_grad()
 def test_dropout_is_for_training_only():
     x, sigma, labels = images(3, 3, 8, 8), torch.ones(3), torch.eye(10)[[1, 2, 3]]
     network = small(dropout=0.5)

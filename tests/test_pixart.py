@@ -126,6 +126,18 @@ def test_denoiser_is_x_minus_sigma_times_the_predicted_noise():
     assert net.shape == (4, 8, 8)
 
 
+def test_sigma_may_be_a_number():
+    net, cond, x = denoiser(), captions(3), torch.randn(3, 4, 8, 8)
+    null = {name: part[:1] for name, part in cond.items()}
+    for of in (net, Guided(net, null, 2.0)):
+        for sigma in (2.5, 2, torch.tensor([2.5])):
+            expected = of(x, torch.full((3,), float(sigma)), **cond)
+            assert torch.equal(of(x, sigma, **cond), expected)
+    assert net.timestep(2.5).item() == net.timestep(torch.tensor([2.5])).item()
+    with pytest.raises(ValueError, match=r"sigma must be a number or \(3,\), got 2 of them"):
+        net(x, torch.ones(2), **cond)
+
+
 def test_what_is_masked_does_not_count():
     net, cond = denoiser(), captions(3)
     x, sigma = torch.randn(3, 4, 8, 8), torch.tensor([0.3, 2.5, 80.0])

@@ -101,6 +101,17 @@ def test_heun_evaluates_at_karras_levels_in_float32():
 def test_one_step_of_heun_is_eulers_and_ends_at_the_denoised():
     law, z = Gaussian(), latents(range(3), (1, 2, 2))[0]
     assert torch.allclose(heun(law, z, 1), law(80 * z, torch.full((3,), 80.0)).double(), atol=1e-6)
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        heun(law, z, 0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_evaluations_are_counted(steps):
+    network, calls = tiny(), []
+    network.register_forward_hook(lambda *call: calls.append(1))
+    sampler, evaluations = sample.make_sampler(network, {}, steps)
+    sampler(torch.randn(2, *network.shape), torch.eye(10)[:2])
+    assert len(calls) == evaluations == 2 * steps - 1
 
 
 def test_heun_passes_conditions_on():

@@ -22,7 +22,7 @@ from edm.images.data import to_uint8
 from edm.images.networks import Generator
 from edm.images.sampler import latents
 from edm.text import sampler
-from edm.text.pixart import PixArtDenoiser
+from edm.text.pixart import PixArtDenoiser, sigma_of_t
 from edm.text.pixart_files import load_transformer
 from edm.text.prompts import TextEncoder
 from toy.files import UserError
@@ -123,6 +123,26 @@ def test_images_are_those_of_generator_and_pipeline(folder, here, capsys):
     assert [
         json.loads(line)["text"] for line in Path("out/prompts.jsonl").read_text().splitlines()
     ] == PROMPTS
+
+
+def test_one_step_of_the_teacher_is_one_step_to_0(folder, here, capsys, monkeypatch):
+    """From the highest sigma, with guidance, in one call; diffusers' solver by itself comes to the same."""
+    assert run(folder, teacher=True, steps=1, batch=1, prompts=PROMPTS[0], seeds="3") == 0
+    encoder, (z, _) = TextEncoder(folder / "teacher"), latents([3], (4, 8, 8))
+    cond, sigma = encoder([PROMPTS[0]]), sigma_of_t()[-1].item()
+    denoiser = PixArtDenoiser(load_transformer(folder / "teacher")[0])
+    with torch.no_grad():
+        plain, null = (denoiser(sigma * z, sigma, **c) for c in (cond, encoder.null))
+        x = null + 4.5 * (plain - null)
+        vae = AutoencoderKL.from_pretrained(folder / "teacher", subfolder="vae")
+        image = to_uint8(vae.decode(x / vae.config.scaling_factor).sample)[0].permute(1, 2, 0).numpy()
+    assert_close(pictures("out")["0000-000003-teacher.png"], image)
+    solver = DPMSolverMultistepScheduler.from_pretrained(folder / "teacher", subfolder="scheduler")
+    solver.set_timesteps(1)
+    noise = (sigma * z - x) / sigma
+    theirs = solver.step(noise, solver.timesteps[0], z, return_dict=False)[0]
+    assert (theirs - x).norm() < 0.01 * x.norm()
+    assert run(folder, teacher=True, steps=1, out="grid.png", prompts=PROMPTS[0], seeds="3") == 0
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -264,6 +284,12 @@ def test_wrong_inputs_end_with_code_2_and_one_line(folder, here, capsys, case):
         message = message.replace(f"{{{name}}}", str(folder / name))
     assert message in err and err.count("\n") == 1, err
     assert sorted(folder.rglob("*")) == before and not [*here.iterdir()]
+
+
+def test_several_processes_are_refused(folder, here, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert run(folder) == 2 and not [*here.iterdir()]
+    assert "6 processes would draw the same images" in capsys.readouterr().err
 
 
 def test_as_a_script(folder, here):

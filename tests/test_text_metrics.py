@@ -386,15 +386,16 @@ def test_as_a_command_an_error_is_one_line_though_transformers_would_say_more(fo
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_numbers_of_one(folder, here):
+@pytest.mark.parametrize("processes", [2, 6])
+def test_processes_give_the_numbers_of_one(folder, here, processes):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for launcher, out in (([], "one.json"), (torchrun, "two.json")):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    for launcher, out in (([], "one.json"), (torchrun, "many.json")):
         command = [sys.executable, *launcher, str(ROOT / "edm/evaluate.py"), *argv(folder, out=out)]
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    one, two = (json.loads(Path(name).read_text()) for name in ("one.json", "two.json"))
-    assert two["run"]["processes"] == 2 and one["run"]["processes"] == 1
+    one, many = (json.loads(Path(name).read_text()) for name in ("one.json", "many.json"))
+    assert many["run"]["processes"] == processes and one["run"]["processes"] == 1
     for name in ("student", "teacher"):
         for key in set(one[name]) - {"images_per_second"}:
-            assert two[name][key] == pytest.approx(one[name][key], rel=1e-6), (name, key)
+            assert many[name][key] == pytest.approx(one[name][key], rel=1e-6), (name, key)

@@ -1,6 +1,7 @@
 """The 2-D laboratory: exact mixtures, networks, metrics, figures."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,6 +67,77 @@ def test_data_std_is_that_of_samples():
     assert mixture.data_std() == pytest.approx(expected, rel=0.01)
 
 
+def test_weights_are_shares_of_their_sum_and_each_component_is_its_own_mode():
+    whole = Mixture(torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), torch.full((2,), 0.1), torch.tensor([1.0, 3.0]))
+    parts = replace(whole, weights=torch.tensor([0.25, 0.75]), modes=torch.arange(2))
+    x = parts.sample(4000, rng())
+    assert torch.equal(x, whole.sample(4000, rng())) and torch.equal(whole.modes, parts.modes)
+    assert torch.equal(whole.log_density(x, 0.1), parts.log_density(x, 0.1))
+    assert whole.data_std() == parts.data_std() == pytest.approx((0.01 + 0.75 / 2) ** 0.5)
+    found = metrics.mode_metrics(x, whole)
+    assert found == metrics.mode_metrics(x, parts) and found["mode_weight_error"] < 0.02
+    assert found["modes_covered"] == found["modes"] == 2 and whole.to("cpu").modes is not None
+    lone = metrics.mode_metrics(x[x[:, 0] > 0], replace(whole, weights=torch.tensor([0.0, 3.0])))
+    assert lone["modes_covered"] == lone["modes"] == 1 and lone["mode_weight_error"] == 0
+    stray = metrics.mode_metrics(x, replace(whole, weights=torch.tensor([0.0, 3.0])))
+    assert stray["high_quality"] == pytest.approx(0.75 * (1 - math.exp(-4.5)), abs=0.02)
+    points = metrics.sample_law(x[:50])
+    assert metrics.mode_metrics(x[:50], points)["modes_covered"] == 50, (
+        "a point without a std is close to itself"
+    )
+
+
+@pytest.mark.parametrize("name, value, message", [
+    ("weights", [1.0, -1.0], "not negative, got -1"), ("weights", [1.0, math.nan], "finite.*got nan"),
+    ("weights", [0.0, 0.0], "more than 0"), ("weights", [1.0, math.inf], "got inf"),
+    ("weights", [1.0], r"be \(2,\)"), ("stds", [1.0, -0.1], "got -0.1"), ("stds", [math.nan, 1.0], "got nan"),
+    ("stds", [[1.0], [1.0]], r"\(2, 1\)"), ("means", [[0.0, 0.0], [math.nan, 0.0]], "finite, got nan"),
+    ("means", [0.0, 0.0], r"\(K, D\), got .*\(2,\)"), ("means", [[0, 0], [1, 0]], "floating-point"),
+    ("modes", [0], r"\(2,\)"), ("modes", [0, -1], "got -1"), ("modes", [0.5, 1.0], "integers")])  # fmt: skip
+def test_what_is_no_mixture_is_named(name, value, message):
+    right = dict(means=torch.zeros(2, 2), stds=torch.ones(2), weights=torch.ones(2))
+    with pytest.raises(ValueError, match=f"{name} must.* {message}") as error:
+        Mixture(**right | {name: torch.tensor(value)})
+    assert "\n" not in str(error.value)
+
+
+def test_points_of_another_dimension_are_named():
+    with pytest.raises(ValueError, match=r"xt must be \(B, 2\), as means, got \(5, 1\)"):
+        make_target("ring").score(torch.zeros(5, 1), 0.1)
+
+
+@pytest.mark.parametrize("away, close", [(1000.0, 1e-3), (10_000.0, 0.02)])
+def test_far_from_the_origin_numbers_are_those_at_the_origin(away, close):
+    """Up to the rounding of the data to float32, of std 0.1 here and steps of 0.00006 and 0.001."""
+    ring = make_target("ring")
+    there = replace(ring, means=ring.means + away)
+    x, y, z = (ring.sample(2000, rng(seed)) for seed in range(3))
+    found = [metrics.mode_metrics(x, ring), metrics.mode_metrics(x + away, there)]
+    assert found[0]["high_quality"] == pytest.approx(found[1]["high_quality"], abs=0.003)
+    assert found[0]["modes_covered"] == found[1]["modes_covered"] == 8
+    assert found[0]["mode_weight_error"] == pytest.approx(found[1]["mode_weight_error"], abs=0.002)
+    energies = [metrics.energy_distance(x + shift, y + shift) for shift in (0.0, away)]
+    assert energies[0] == pytest.approx(energies[1], rel=close)
+    scores = ring.score(x, 0.1), there.score(x + away, 0.1)
+    assert (scores[0] - scores[1]).norm() < close * scores[0].norm()
+    densities = ring.log_density(x, 0.1), there.log_density(x + away, 0.1)
+    assert (densities[0] - densities[1]).abs().mean() < close
+    with pytest.warns(UserWarning, match="data of std 0.714, 1e.0[34] off 0"):
+        assert there.data_std() == pytest.approx(ring.data_std(), rel=close)
+    rows = []
+    for law, shift in ((ring, 0.0), (there, away)):
+        teacher, fake = replace(law, stds=1.2 * law.stds).denoiser, replace(law, stds=0.9 * law.stds).denoiser
+        rows.append(metrics.score_diagnostics(1.1 * z + shift, law, teacher, fake, y[:256]))
+    assert rows[1] == pytest.approx(rows[0], rel=close, abs=1e-4)
+
+
+@pytest.mark.parametrize("scale, fits", [(1.0, True), (50.0, False), (0.01, False)])
+def test_data_that_do_not_fit_the_noise_levels_are_warned_of(scale, fits, recwarn):
+    ring = make_target("ring")
+    std = replace(ring, means=scale * ring.means, stds=scale * ring.stds).data_std()
+    assert std == pytest.approx(scale * ring.data_std()) and len(recwarn) == (not fits)
+
+
 def test_far_away_the_denoiser_stays_finite():
     target = make_target("ring")
     x, sigma = torch.full((1, 2), 1e3), torch.tensor([0.01])
@@ -105,6 +177,18 @@ def test_preconditioning_at_initialisation():
     assert (Denoiser(sigma_data=0.7)(x, sigma) - expected).abs().max() < 1e-6
 
 
+def test_sigma_may_be_a_number():
+    x, target = torch.randn(6, 2), make_target("ring")
+    networks = Denoiser(), VPDenoiser(width=8), target.log_density, target.score, target.denoiser
+    for of in (*networks, lambda _, sigma: vp_weight(sigma)):
+        expected = of(x, torch.full((6,), 0.7))
+        for sigma in (0.7, torch.tensor(0.7), torch.tensor([0.7])):
+            assert (of(x, sigma) - expected).abs().max() <= 1e-6 * expected.abs().max()
+    for of in networks:
+        with pytest.raises(ValueError, match=r"sigma must be a number or \(6,\), got \(3,\)"):
+            of(x, torch.ones(3))
+
+
 def test_generator_is_the_denoiser_at_sigma_init():
     network, z = Denoiser(), torch.randn(5, 2)
     torch.nn.init.normal_(network.out.weight)
@@ -139,6 +223,17 @@ def test_heun_follows_the_flow_of_a_gaussian():
     z = torch.randn(100, 2, generator=rng())
     x = heun(equal_mixture(torch.zeros(1, 2), 0.5).denoiser, z)
     assert (x / z - 80 * 0.5 / math.hypot(80, 0.5)).abs().max() < 0.005
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_heun_counts_its_evaluations_and_one_step_ends_at_the_denoised(steps):
+    z, calls, target = torch.randn(6, 2, generator=rng()), [], make_target("ring")
+    x = heun(lambda x, sigma: calls.append(1) or target.denoiser(x, sigma), z, steps)
+    assert len(calls) == 2 * steps - 1
+    if steps == 1:
+        assert (x - target.denoiser(80 * z, 80.0)).abs().max() < 1e-4
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        heun(target.denoiser, z, 0)
 
 
 def test_heun_with_the_exact_denoiser_samples_the_target():

@@ -1,15 +1,20 @@
 """How far are these samples from the target, and is the online network keeping up?"""
 
+import math
+from functools import partial
+
 import torch
 
 from toy.mixtures import Mixture
 
 SIGMAS = (0.1, 0.2, 0.5, 1.0)  # where scores are compared
+# (n, D), (m, D) -> (n, m), of differences: squares multiplied out lose all digits far from the origin.
+distances = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def mean_distance(x, y, chunk=500):
     """E|X - Y| over all pairs of two samples (n, D), (m, D)."""
-    sums = [torch.cdist(part, y).sum(1).cpu().double().sum() for part in x.split(chunk)]  # MPS has no double
+    sums = [distances(part, y).sum(1).cpu().double().sum() for part in x.split(chunk)]  # MPS has no double
     return sum(sums).item() / (len(x) * len(y))
 
 
@@ -40,8 +45,8 @@ def mode_metrics(x, target):
     mode_weight_error  total variation between the modes' weights and the samples' shares, each
                        sample counted for its nearest component: 0 best, 1 worst
     """
-    distance = torch.cdist(x, target.means) / target.stds
-    nearest = distance.min(1)
+    distance = distances(x, target.means) / target.stds.clamp_min(1e-30)  # a point has none
+    nearest = distance.masked_fill(target.weights == 0, math.inf).min(1)
     n_modes = int(target.modes.max()) + 1
     share = torch.bincount(target.modes[nearest.indices], minlength=n_modes).to(x) / len(x)
     close = target.modes[nearest.indices[nearest.values <= 3]]
@@ -49,16 +54,24 @@ def mode_metrics(x, target):
     weights = x.new_zeros(n_modes).index_add_(0, target.modes, target.weights)
     return {
         "high_quality": good.sum().item(),
-        "modes_covered": int((good >= 0.1 * weights).sum()),
-        "modes": n_modes,
+        "modes_covered": int(((good >= 0.1 * weights) & (weights > 0)).sum()),
+        "modes": int((weights > 0).sum()),
         "mode_weight_error": 0.5 * (share - weights).abs().sum().item(),
     }
+
+
+class Points(Mixture):
+    """Made at every step from what a network gives; whether that is finite, the log says."""
+
+    def __post_init__(self):
+        pass
 
 
 def sample_law(samples):
     """Samples (K, D) as a mixture of K points, whose diffusion is exact: the generator's own law."""
     K = len(samples)
-    return Mixture(samples, samples.new_zeros(K), samples.new_full((K,), 1 / K))
+    each = torch.arange(K, device=samples.device)
+    return Points(samples, samples.new_zeros(K), samples.new_full((K,), 1 / K), each)
 
 
 @torch.no_grad()

@@ -6,20 +6,32 @@ form.  `TARGETS` maps names to 2-D examples; `make_target` builds one.
 """
 
 import math
+import warnings
 from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
+FITTING = (0.05, 5.0)  # data_std for which the noise levels here, 0.002 to 80, were made
+
+
+def per_sample(sigma, xt):
+    """sigma, a number or a tensor of one or of B, as (B,) for xt (B, D)."""
+    sigma = sigma if torch.is_tensor(sigma) else xt.new_tensor(sigma)
+    if sigma.numel() not in (1, len(xt)):
+        raise ValueError(f"sigma must be a number or ({len(xt)},), got {tuple(sigma.shape)}")
+    return sigma.reshape(-1).expand(len(xt))
+
 
 @dataclass(frozen=True)
 class Mixture:
     """sum_k weights_k N(means_k, stds_k^2 I) in D dimensions, K components.
 
-    means (K, D), stds (K,) in data units, weights (K,) summing to 1.  modes (K,) says which
-    visible blob, arm or letter a component belongs to, for those who count them.
-    Every function of (xt, sigma) takes (B, D) and (B,), and gradient flows through everything.
+    means (K, D), stds (K,) in data units, weights (K,), which are divided by their sum.  modes (K,) says
+    which visible blob, arm or letter a component belongs to, for those who count them; without it, each is
+    its own.  Raises ValueError for what is no mixture.
+    Every function of (xt, sigma) takes (B, D) and (B,) or a number; gradient flows through everything.
     """
 
     means: Tensor
@@ -27,27 +39,49 @@ class Mixture:
     weights: Tensor
     modes: Tensor | None = None
 
+    def __post_init__(self):
+        means = torch.as_tensor(self.means)
+        if not means.is_floating_point() or means.ndim != 2 or not means.numel():
+            raise ValueError(f"means must be floating-point, (K, D), got {means.dtype} {tuple(means.shape)}")
+        like, K = {"device": means.device, "dtype": means.dtype}, len(means)
+        modes = torch.as_tensor(range(K) if self.modes is None else self.modes, device=means.device)
+        stds, weights = (torch.as_tensor(part, **like) for part in (self.stds, self.weights))
+        for name, value in {"stds": stds, "weights": weights, "modes": modes, "means": means}.items():
+            if value.shape[:1] != (K,) or (value.ndim > 1 and name != "means"):
+                raise ValueError(f"{name} must be ({K},), as there are means, got {tuple(value.shape)}")
+            if (bad := ~value.isfinite() | ((value < 0) & (name != "means"))).any():
+                rule = "finite" if name == "means" else "finite and not negative"
+                raise ValueError(f"{name} must be {rule}, got {value[bad][0].item():g}")
+        if modes.is_floating_point():
+            raise ValueError(f"modes must be integers, got {modes.dtype}")
+        total = weights.cpu().double().sum().to(**like)
+        if not 0 < total < math.inf:
+            raise ValueError(f"weights must add up to more than 0, got {total.item()}")
+        vars(self).update(means=means, stds=stds, weights=weights / total, modes=modes.long())
+
     def _posterior(self, xt, sigma):
-        """Component variances at sigma, (B, K), and unnormalised log posteriors, (B, K)."""
-        variance = self.stds**2 + sigma[:, None] ** 2
-        squares = (xt**2).sum(1, keepdim=True) - 2 * xt @ self.means.T + (self.means**2).sum(1)
-        logits = self.weights.log() - squares / (2 * variance) - xt.shape[1] / 2 * variance.log()
-        return variance, logits
+        """At sigma: component variances, unnormalised log posteriors, (B, K), and m_k - xt, (B, K, D)."""
+        if xt.ndim != 2 or xt.shape[1] != self.means.shape[1]:
+            raise ValueError(f"xt must be (B, {self.means.shape[1]}), as means, got {tuple(xt.shape)}")
+        variance = self.stds**2 + per_sample(sigma, xt)[:, None] ** 2
+        away = self.means - xt[:, None]  # differences first: no cancellation
+        logits = self.weights.log() - away.square().sum(2) / (2 * variance) - xt.shape[1] / 2 * variance.log()
+        return variance, logits, away
 
     def log_density(self, xt, sigma):
         """log p(xt; sigma) -> (B,)."""
-        _, logits = self._posterior(xt, sigma)
+        _, logits, _ = self._posterior(xt, sigma)
         return logits.logsumexp(1) - xt.shape[1] / 2 * math.log(2 * math.pi)
 
     def score(self, xt, sigma):
         """grad_xt log p(xt; sigma) -> (B, D): posterior mean of (m_k - xt) / (s_k^2 + sigma^2)."""
-        variance, logits = self._posterior(xt, sigma)
+        variance, logits, away = self._posterior(xt, sigma)
         share = logits.softmax(1) / variance
-        return (share[:, :, None] * (self.means - xt[:, None])).sum(1)  # differences first: no cancellation
+        return (share[:, :, None] * away).sum(1)
 
     def denoiser(self, xt, sigma):
         """E[x0 | xt] -> (B, D), by Tweedie."""
-        return xt + sigma[:, None] ** 2 * self.score(xt, sigma)
+        return xt + per_sample(sigma, xt)[:, None] ** 2 * self.score(xt, sigma)
 
     def sample(self, n, generator=None):
         """n draws, (n, D), on the generator's device (which must be the mixture's)."""
@@ -58,10 +92,14 @@ class Mixture:
         )
 
     def data_std(self):
-        """Root mean variance per coordinate: what EDM calls sigma_data."""
+        """Root mean variance per coordinate: what EDM calls sigma_data.  Warns of one that does not fit."""
         centre = self.weights @ self.means
         variance = self.weights @ (self.stds**2 + ((self.means - centre) ** 2).mean(1))
-        return variance.sqrt().item()
+        std, off = variance.sqrt().item(), centre.square().mean().sqrt().item()
+        if not FITTING[0] <= std <= FITTING[1] or off > 3 * std:
+            fits = "the noise levels are for data about 0, of std {:g} to {:g}: centre and scale them"
+            warnings.warn(f"data of std {std:.3g}, {off:.3g} off 0; {fits.format(*FITTING)}", stacklevel=2)
+        return std
 
     def to(self, device):
         return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})

@@ -6,6 +6,8 @@ from functools import partial
 import torch
 from torch import nn
 
+from toy.mixtures import per_sample
+
 Linear = partial(nn.Linear, dtype=torch.float32)  # whatever the default
 
 
@@ -14,7 +16,7 @@ class Denoiser(nn.Module):
 
     Each hidden layer is scaled and shifted by a function of sigma, as in the U-Nets of the field
     (without it a plain MLP is several times farther from the true denoiser).  xt (B, dim),
-    sigma (B,) -> (B, dim).  sigma_data is the data's standard deviation per coordinate.
+    sigma (B,), or a number -> (B, dim).  sigma_data is the data's standard deviation per coordinate.
     """
 
     def __init__(self, dim=2, width=128, depth=3, sigma_data=0.5):
@@ -28,7 +30,7 @@ class Denoiser(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, xt, sigma):
-        s, d = sigma[:, None], self.sigma_data
+        s, d = per_sample(sigma, xt)[:, None], self.sigma_data
         c_in = (s**2 + d**2).rsqrt()
         noise_level = s.log() / 4
         angle = noise_level * self.frequencies
@@ -88,6 +90,7 @@ def vp_weight(sigma):
 
     A score in VP coordinates is sqrt(1 + sigma^2) times the EDM one, and g^2 = beta_t.
     """
+    sigma = torch.as_tensor(sigma)
     t = torch.searchsorted(vp_sigmas().to(sigma), sigma.contiguous()).clamp_max(VP_STEPS - 1)
     beta = vp_betas().to(sigma)[t]
     return VP_STEPS * beta * (1 + sigma**2) / sigma**4
@@ -105,6 +108,7 @@ class VPDenoiser(nn.Module):
         self.register_buffer("sigmas", vp_sigmas())
 
     def forward(self, xt, sigma):
+        sigma = per_sample(sigma, xt)
         t = torch.searchsorted(self.sigmas, sigma.contiguous()).clamp_max(VP_STEPS - 1).float()
         s = sigma[:, None]
         return xt - s * self.epsilon(torch.cat([xt * (1 + s**2).rsqrt(), t[:, None] / VP_STEPS], 1))

@@ -6,8 +6,11 @@ import torch
 def heun(denoiser, z, steps=40, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     """Solve dx/dsigma = (x - D(x; sigma)) / sigma from sigma_max z down to 0 by Heun's rule.
 
-    z (B, dim) ~ N(0, I).  2 * steps - 1 network evaluations.  Source: EDM, arXiv:2206.00364, Algorithm 1.
+    z (B, dim) ~ N(0, I).  2 * steps - 1 network evaluations; one step is D(sigma_max z; sigma_max).
+    Source: EDM, arXiv:2206.00364, Algorithm 1.
     """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
     ladder = torch.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), steps, dtype=torch.float64) ** rho
     ladder = [*ladder.tolist(), 0.0]
 

@@ -231,6 +231,15 @@ class SongUNet(nn.Module):
 # The denoiser and the generator.
 
 
+def per_sample(sigma, x):
+    """sigma, a number or a tensor of one or of B, as (B,) for x (B, ...): on its device, float32 at least."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    sigma = torch.as_tensor(sigma, dtype=exact, device=x.device).reshape(-1)
+    if len(sigma) not in (1, len(x)):
+        raise ValueError(f"sigma must be a number or ({len(x)},), got {len(sigma)} of them")
+    return sigma.expand(len(x))
+
+
 class EDMPrecond(nn.Module):
     """denoiser(x, sigma, class_labels, augment_labels) -> D, the denoised image, like x.
 
@@ -239,8 +248,9 @@ class EDMPrecond(nn.Module):
         c_in   = 1 / sqrt(sigma^2 + s^2)      c_noise = log(sigma) / 4,        s = sigma_data
 
     x: (B, C, H, W), in [-1, 1] plus noise.  sigma: (B,), or one for all.  class_labels: (B, label_dim),
-    one-hot; none means zeros; ignored by an unconditional network.  augment_labels: (B, augment_dim)
-    or none.  The arithmetic here is float32, or float64 if the weights are, whatever F computes in.
+    one-hot, or one row for all; none means zeros; ignored by an unconditional network.  augment_labels:
+    (B, augment_dim) or none.  Raises ValueError for labels of another shape, such as class indices.
+    The arithmetic here is float32, or float64 if the weights are, whatever F computes in.
     """
 
     def __init__(self, img_resolution, img_channels, label_dim=0, sigma_data=0.5, **unet):
@@ -268,11 +278,14 @@ class EDMPrecond(nn.Module):
 
     def forward(self, x, sigma, class_labels=None, augment_labels=None):
         dtype = torch.promote_types(self.model.map_layer0.weight.dtype, torch.float32)
-        x, sigma = x.to(dtype), torch.as_tensor(sigma, device=x.device).to(dtype).reshape(-1, 1, 1, 1)
+        x = x.to(dtype)
+        sigma = per_sample(sigma, x).reshape(-1, 1, 1, 1)
         if self.label_dim:
-            if class_labels is None:
-                class_labels = x.new_zeros(1, self.label_dim)
-            class_labels = class_labels.to(dtype).reshape(-1, self.label_dim)
+            given = x.new_zeros(1, self.label_dim) if class_labels is None else class_labels
+            class_labels = torch.as_tensor(given, dtype=dtype, device=x.device)
+            if class_labels.shape not in ((len(x), self.label_dim), (1, self.label_dim)):
+                shapes = f"({len(x)}, {self.label_dim}), got {tuple(class_labels.shape)}"
+                raise ValueError(f"class_labels must be one-hot, of shape {shapes}")
         root = (sigma**2 + self.sigma_data**2).sqrt()
         out = self.model(x / root, sigma.log().flatten() / 4, class_labels, augment_labels)
         return (self.sigma_data / root) ** 2 * x + sigma * self.sigma_data / root * out.to(dtype)

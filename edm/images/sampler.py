@@ -43,7 +43,10 @@ def heun(denoiser, z, steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0, **cond
 
     The probability flow dx/dsigma = (x - D(x; sigma)) / sigma from sigma_max z down Karras' ladder of
     `steps` levels to 0, by Heun's second-order steps and a last one of Euler's: 2 steps - 1 evaluations.
+    One step is D(sigma_max z; sigma_max).
     """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     levels = [*((top + ramp * (bottom - top)) ** rho).tolist(), 0.0]

@@ -205,27 +205,31 @@ def frechet_distance(features, reference):
     """|m - m'|^2 + tr(S + S' - 2 (S S')^(1/2)), between Gaussians fitted with covariances over N - 1.
 
     features: (N, F).  reference: features (M, F), or statistics (mean (F,), covariance (F, F)).
-    In float64.  Nothing is added to the diagonal.  Raises UserError for less than two features.
+    In float64, about a point among them: sums of squares keep their digits.  Nothing is added to the
+    diagonal.  Raises UserError for less than two features.
     """
     given, device = isinstance(reference, torch.Tensor), exact(features[:0]).device
     if len(features) < 2 or (given and len(reference) < 2):
         raise UserError("a Frechet distance needs at least 2 images on either side")
+    centre = exact(reference[0]).to(device)  # a feature, or the mean
     metric = FrechetInceptionDistance(Given(features.shape[1]), sync_on_compute=False).to(device)
     for part in features.split(10_000):
-        metric.update(exact(part), real=False)
+        metric.update(exact(part) - centre, real=False)
     if given:
         for part in reference.split(10_000):
-            metric.update(exact(part), real=True)
-    else:  # the sums that two features with these statistics would have left
-        mean, covariance = (t.to(device, torch.float64) for t in reference)
+            metric.update(exact(part) - centre, real=True)
+    else:  # what two features with these statistics would have left: their sum is 0 now
         metric.real_features_num_samples += 2
-        metric.real_features_sum += 2 * mean
-        metric.real_features_cov_sum += covariance + 2 * mean.outer(mean)
+        metric.real_features_cov_sum += reference[1].to(device, torch.float64)
     return metric.compute().item()
 
 
 def inception_score(probabilities, splits=10):
-    """exp E KL(p(y|x) || p(y)), averaged over `splits` random parts, from probabilities (N, K)."""
+    """exp E KL(p(y|x) || p(y)), averaged over random parts, from probabilities (N, K).
+
+    Parts: `splits`, or as many as leave ten images to each, for it is at most the number of images in a part.
+    """
+    splits = max(1, min(splits, len(probabilities) // 10))
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", UserWarning)  # it keeps everything in memory: we know
         torch.manual_seed(0)
@@ -234,17 +238,25 @@ def inception_score(probabilities, splits=10):
         return metric.compute()[0].item()
 
 
+def distances(features, others, chunk=1000):
+    """Yield distances (chunk, M) of features (N, F) to others (M, F), in float64 about their centre: exact
+    far from the origin too, and by products of matrices, ten times as fast as by differences."""
+    centre = exact(others).mean(0)
+    others = exact(others) - centre
+    yield from (torch.cdist(exact(part) - centre, others) for part in features.split(chunk))
+
+
 def neighbour_radii(features, k=3, chunk=1000):
     """(N, F) -> (N,): the distance of each to its k-th nearest neighbour.  UserError for N <= k."""
     if len(features) <= k:
         raise UserError(f"precision and recall need at least {k + 1} images, got {len(features)}")
-    near = [torch.cdist(part, features).topk(k + 1, largest=False).values for part in features.split(chunk)]
+    near = [some.topk(k + 1, largest=False).values for some in distances(features, features, chunk)]
     return torch.cat(near)[:, k]  # the nearest of all, distance 0, is itself
 
 
 def share_inside(features, centres, radii, chunk=1000):
     """Share of features (N, F) that lie in any of the balls about centres (M, F) with radii (M,)."""
-    inside = [(torch.cdist(part, centres) <= radii).any(1).sum() for part in features.split(chunk)]
+    inside = [(some <= exact(radii)).any(1).sum() for some in distances(features, centres, chunk)]
     return sum(inside).item() / len(features)
 
 
@@ -252,16 +264,19 @@ def share_inside(features, centres, radii, chunk=1000):
 # Images in, numbers out.
 
 
-def gather(rows):
-    """The rows (N, ...) of all processes, in the order from which each took its [rank::world]."""
+def gather(parts, device):
+    """What the processes have, each a list of rows to be joined -> all rows, in the order from which each
+    took its [rank::world]: the first has most, and others may have none."""
+    rows = torch.cat(parts) if parts else None
     if not dist.is_initialized():
         return rows
-    counts = [None] * dist.get_world_size()
-    dist.all_gather_object(counts, len(rows))
-    padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])])
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    return torch.stack(parts, 1).flatten(0, 1)[: sum(counts)]
+    shapes = [None] * dist.get_world_size()
+    dist.all_gather_object(shapes, None if rows is None else rows.shape)
+    rows = torch.empty(0, *shapes[0][1:], device=device, dtype=torch.float32) if rows is None else rows
+    padded = torch.cat([rows, rows.new_zeros(shapes[0][0] - len(rows), *rows.shape[1:])])
+    gathered = [torch.empty_like(padded) for _ in shapes]
+    dist.all_gather(gathered, padded)
+    return torch.stack(gathered, 1).flatten(0, 1)[: sum(shape[0] for shape in shapes if shape)]
 
 
 @torch.no_grad()
@@ -276,7 +291,7 @@ def features_of(net, batches):
         images = images.to(device)
         features.append(net(images))
         probabilities.append(net.probabilities(images))
-    return gather(torch.cat(features)), gather(torch.cat(probabilities))
+    return gather(features, device), gather(probabilities, device)
 
 
 @dataclass(frozen=True)
@@ -288,12 +303,8 @@ class Reference:
     statistics: tuple | None = None
 
     @cached_property
-    def centre(self):
-        return self.features.mean(0)  # taken off before distances, for the sake of float32
-
-    @cached_property
     def radii(self):
-        return neighbour_radii(self.features - self.centre)
+        return neighbour_radii(self.features)
 
 
 def load_statistics(path, num_features):
@@ -322,12 +333,12 @@ def evaluate_samples(net, reference, batches):
     features, probabilities = features_of(net, batches)
     if (fewest := min(len(features), len(reference.features))) < LEAST_IMAGES:
         raise UserError(f"{fewest} images are too few: an evaluation needs {LEAST_IMAGES}, samples and data")
-    centred, data = features - reference.centre, reference.features - reference.centre
+    data = reference.features
     return {
-        "fd": frechet_distance(features, reference.statistics or reference.features),
+        "fd": frechet_distance(features, reference.statistics or data),
         "inception_score": inception_score(probabilities),
-        "precision": share_inside(centred, data, reference.radii),
-        "recall": share_inside(data, centred, neighbour_radii(centred)),
+        "precision": share_inside(features, data, reference.radii),
+        "recall": share_inside(data, features, neighbour_radii(features)),
         "class_histogram": probabilities.argmax(1).bincount(minlength=probabilities.shape[1]).tolist(),
         "images": len(features),
     }

@@ -6,14 +6,15 @@ steps.  EDM's form of it (B.13) is
     D(x; sigma) = x - sigma F(x / sqrt(sigma^2 + 1); t(sigma), caption)
 
 where t is the step whose noise level is nearest.  x: (B, C, H, W), latents of a VAE times its scaling
-factor; sigma: (B,).  The caption is a dict {"caption": (B, L, width), "mask": (B, L)}, features of T5 and
-which of them count.  The one-step generator is `edm.networks.Generator` on top (B.14).
+factor; sigma: (B,), or a number.  The caption is a dict {"caption": (B, L, width), "mask": (B, L)},
+features of T5 and which of them count.  The one-step generator is `edm.networks.Generator` on top (B.14).
 """
 
 import torch
 from torch import nn
 
 from edm.device import finest
+from edm.images.networks import per_sample
 
 STEPS, BETA_FIRST, BETA_LAST = 1000, 1e-4, 0.02
 
@@ -69,7 +70,7 @@ class PixArtDenoiser(nn.Module):
 
     def timestep(self, sigma):
         """t of the nearest of the 1,000 levels, by |difference| (B.3): (B,) int64."""
-        return torch.bucketize(sigma.to(self.edges.dtype), self.edges)
+        return torch.bucketize(torch.as_tensor(sigma).to(self.edges), self.edges)
 
     def _size(self, x):
         """What the networks of 1,024 pixels take besides."""
@@ -82,7 +83,8 @@ class PixArtDenoiser(nn.Module):
     def forward(self, xt, sigma, caption, mask):
         weights = self.transformer.proj_out.weight.dtype
         exact = torch.promote_types(weights, torch.float32)  # all but the network itself
-        x, sigma = xt.to(exact), sigma.to(exact)
+        x = xt.to(exact)
+        sigma = per_sample(sigma, x)
         level = sigma.view(-1, 1, 1, 1)
         scaled = (x / (level**2 + 1).sqrt()).to(weights)
         noise = self.transformer(
@@ -105,7 +107,8 @@ class Guided(nn.Module):
     def forward(self, xt, sigma, caption, mask):
         nobody = torch.ones(len(xt), dtype=torch.bool, device=xt.device)
         both = [torch.cat(pair) for pair in zip((caption, mask), without(caption, mask, self.null, nobody))]
-        plain, null = self.denoiser(torch.cat([xt, xt]), torch.cat([sigma, sigma]), *both).chunk(2)
+        sigma = per_sample(sigma, xt).repeat(2)
+        plain, null = self.denoiser(torch.cat([xt, xt]), sigma, *both).chunk(2)
         return null + self.scale * (plain - null)
 
 

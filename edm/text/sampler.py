@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from edm.images.data import to_uint8
 from edm.images.networks import Generator
 from edm.images.sampler import latents
-from edm.text.pixart import decode, without
+from edm.text.pixart import Guided, PixArtDenoiser, decode, without
 from edm.text.prompts import read_prompts
 from toy.files import UserError, naming
 
@@ -35,7 +35,13 @@ def student_sampler(denoiser, sigma_init):
 
 
 def teacher_sampler(transformer, folder, vae, null, steps, guidance):
-    """diffusers' own pipeline with the solver of that folder, from the same z as the student."""
+    """diffusers' own pipeline with the solver of that folder, from the same z as the student.
+
+    One step, which that pipeline knows of students alone, is D(sigma z; sigma) at the highest sigma.
+    """
+    if steps == 1:
+        denoiser = PixArtDenoiser(transformer).to(vae.device)
+        return student_sampler(Guided(denoiser, null, guidance), denoiser.levels[-1].item())
     from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline
 
     with naming(f"{folder}/scheduler"):
