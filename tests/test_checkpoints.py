@@ -21,7 +21,7 @@ from torch import nn
 from edm.checkpoints import main
 from edm.config import UserError
 from edm.files import replacing
-from edm.images import edm_pickle
+from edm.images import edm_pickle, foreign
 from edm.images.checkpoints import load, save
 from edm.images.edm_pickle import read_pickle, read_storage
 from edm.images.networks import ARCHITECTURES, EDMPrecond
@@ -320,7 +320,7 @@ def test_original_pickle():
 )  # the rounding: of the file, of the reader
 def test_snapshots_of_other_precisions(name, largest, tmp_path, capsys):
     """One network, written in three precisions: float32's copy of each, told in one line."""
-    edm_pickle.tell.cache_clear()
+    foreign.tell.cache_clear()
     path = reference(f"snapshot_{name}.pkl")
     for _ in range(2):
         network, about = load(path)
