@@ -6,7 +6,7 @@ from collections.abc import Sized
 from edm.config import UserError
 from edm.images.foreign import Budget
 
-STEPS = 2**20  # for one pickle: opcodes, and what calls copy; a name costs a thousand
+STEPS = 2**19  # for one pickle: opcodes, and what calls copy; a name costs a thousand
 
 
 class Record:
@@ -63,6 +63,10 @@ def metered(opcode, run):
     return step
 
 
+METERED = {code: metered(bytes([code]), run) for code, run in pickle._Unpickler.dispatch.items()}
+del METERED[pickle.BYTEARRAY8[0]]  # it allocates whatever length a damaged file declares
+
+
 class InertUnpickler(pickle._Unpickler):
     """An unpickler that knows only the (module, name) pairs of a table, each with our stand-in.
 
@@ -71,8 +75,7 @@ class InertUnpickler(pickle._Unpickler):
     unpickler in Python, not the one in C, which allocates whatever a damaged memo index asks for.
     """
 
-    dispatch = {code: metered(bytes([code]), run) for code, run in pickle._Unpickler.dispatch.items()}
-    del dispatch[pickle.BYTEARRAY8[0]]  # it allocates whatever length a damaged file declares
+    dispatch = METERED
 
     def __init__(self, file, table, **how):
         super().__init__(file, **how)
