@@ -18,6 +18,8 @@ from edm.files import naming, replacing
 from edm.images.edm_pickle import read_pickle
 from edm.images.networks import EDMPrecond
 
+MAX_BLOCKS = 128  # of a network: each takes some milliseconds to build, however small
+
 
 def save(path, network, **about):
     """Write an EDMPrecond, or a model of diffusers: weights (as float32), config, and JSON-able notes."""
@@ -59,13 +61,20 @@ def load(path, sigma_init=None):
 
 
 def is_safetensors(head):
-    """By the first nine bytes: eight of a length, then JSON."""
-    return head[6:9] == b"\0\0{"
+    """By the first nine bytes: eight of a length, then JSON.  More than a megabyte of it takes seconds."""
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= 2**20
+
+
+def open_safetensors(path, framework="pt"):
+    with open(path, "rb") as file:
+        if not is_safetensors(file.read(9)):
+            raise UserError("not a safetensors file, or one with a header of more than a megabyte")
+    return safetensors.safe_open(path, framework)
 
 
 def read_safetensors(path):
     """A file of `save` -> (config, {name: tensor}, about)."""
-    with safetensors.safe_open(path, "pt") as file:
+    with open_safetensors(path) as file:
         metadata = file.metadata() or {}
         if not {"config", "about"} <= metadata.keys():
             raise UserError("a safetensors file, but not one of ours: no config and about in its metadata")
@@ -77,8 +86,8 @@ def read_safetensors(path):
     return config, weights, about
 
 
-def integer(low):
-    return lambda value: type(value) is int and low <= value < 2**20
+def integer(low, high=2**20):
+    return lambda value: type(value) is int and low <= value < high
 
 
 def number(low, high):
@@ -94,7 +103,8 @@ def word(value):  # SongUNet knows which
 
 
 OPTIONS = dict(
-    img_resolution=integer(1), img_channels=integer(1), label_dim=integer(0), augment_dim=integer(0),
+    img_resolution=integer(1, 2**10 + 1), img_channels=integer(1), label_dim=integer(0),
+    augment_dim=integer(0),
     sigma_data=number(1e-9, 1e9), dropout=number(0, 1), label_dropout=number(0, 1),
     model_channels=integer(1), channel_mult=integers, channel_mult_emb=integer(1),
     channel_mult_noise=integer(1), num_blocks=integer(1), attn_resolutions=integers,
@@ -110,6 +120,8 @@ def build(config, weights):
     levels, blocks = len(config.get("channel_mult", (1, 2, 2, 2))), config.get("num_blocks", 4)
     if levels * blocks > len(weights):  # before building them one by one
         raise UserError(f"{len(weights)} tensors are too few for {levels} levels of {blocks} blocks")
+    if levels * blocks > MAX_BLOCKS:
+        raise UserError(f"{levels} levels of {blocks} blocks, more than {MAX_BLOCKS} in all")
     with torch.device("meta"):
         network = EDMPrecond(**config).eval().requires_grad_(False)
     check_weights(weights, network.state_dict())

@@ -15,6 +15,7 @@ import inspect
 import itertools
 import sys
 import warnings
+import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -298,7 +299,10 @@ class Reference:
 
 def load_statistics(path, num_features):
     """EDM's reference file, an .npz with mu (F,) and sigma (F, F) -> (mean, covariance), float64."""
-    with naming(path), np.load(path, allow_pickle=False) as file:
+    with naming(path), zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as file:
+        members = archive.getinfo("mu.npy"), archive.getinfo("sigma.npy")
+        if max(member.file_size for member in members) > 2**12 + 16 * num_features**2:
+            raise UserError(f"larger than mu and sigma of {num_features} features")
         mean, covariance = (torch.tensor(file[key], dtype=torch.float64) for key in ("mu", "sigma"))
         if mean.shape != (num_features,) or covariance.shape != (num_features, num_features):
             shapes = f"{tuple(mean.shape)} and {tuple(covariance.shape)}"

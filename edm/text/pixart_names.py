@@ -1,6 +1,5 @@
 """PixArt's own names for its tensors -> those of diffusers, and the config, which its files do not tell."""
 
-import json
 import math
 import re
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from edm.config import UserError
 from edm.files import naming
 from edm.images.checkpoints import some
+from edm.images.foreign import read_json
 
 POSITIONS = "pos_embed.pos_embed"  # computed, not learned
 TOP = {  # PixArt's name -> diffusers'; .weight and .bias alike
@@ -87,6 +87,6 @@ def heads_of(folder, width):
     if not path.exists():
         return None
     with naming(path):
-        config = json.loads(path.read_text())
+        config = read_json(path)
         heads = config["num_attention_heads"]
         return heads if heads * config["attention_head_dim"] == width else None
