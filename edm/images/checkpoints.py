@@ -16,6 +16,7 @@ import torch
 from edm.config import UserError
 from edm.files import naming, replacing
 from edm.images.edm_pickle import read_pickle
+from edm.images.foreign import tell
 from edm.images.networks import EDMPrecond
 
 MAX_BLOCKS = 128  # of a network: each takes some milliseconds to build, however small
@@ -83,7 +84,17 @@ def read_safetensors(path):
     config, about = json.loads(metadata["config"]), json.loads(metadata["about"])
     if not isinstance(config, dict) or not isinstance(about, dict):
         raise UserError("config or about in its metadata is not a dictionary")
+    for name in NOTES.keys() & about.keys():
+        if not NOTES[name](about[name]):
+            raise UserError(f"its notes have {name}={reprlib.repr(about[name])}")
     return config, weights, about
+
+
+def noted_teacher(path, about):
+    """The teacher in a student's notes, or None: a stranger's words, so shown before anything is opened."""
+    if teacher := about.get("teacher"):
+        tell(f"{path}: the teacher that it notes is {teacher}", "stdout")
+    return teacher
 
 
 def integer(low, high=2**20):
@@ -98,10 +109,11 @@ def integers(value):
     return type(value) in (list, tuple) and len(value) < 16 and all(map(integer(1), value))
 
 
-def word(value):  # SongUNet knows which
-    return type(value) is str
+def word(value):
+    return type(value) is str and len(value) < 2**12 and value.isprintable()
 
 
+NOTES = dict(sigma_init=number(1e-9, 1e9), teacher=word, preset=word, kind=word)
 OPTIONS = dict(
     img_resolution=integer(1, 2**10 + 1), img_channels=integer(1), label_dim=integer(0),
     augment_dim=integer(0),

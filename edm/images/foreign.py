@@ -1,4 +1,4 @@
-"""Foreign files: what reading one may cost, and what is said of it on stderr."""
+"""Foreign files: what reading one may cost, and what is said of it."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def read_json(path):
 
 
 @cache
-def tell(line):
-    """To stderr, once: a command may load a file more than once."""
+def tell(line, stream="stderr"):
+    """Print it once: a command may load a file more than once."""
     if os.environ.get("RANK", "0") == "0":
-        print("".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
+        print("".join(c if c.isprintable() else "?" for c in line), file=getattr(sys, stream))
