@@ -52,6 +52,7 @@ class Settings:
     teacher: str = option(None, "its teacher (default: as the student's file says, or none)", metavar="FILE")
     data: str = option(None, '"digits", or a data set\'s path')
     inception: str = option(None, "inception-2015-12-05.pt, for FID", metavar="FILE")
+    trust: bool = option(False, "open an --inception that is not NVIDIA's own file, and may run anything")
     reference: str = option(None, ".npz with mu and sigma to compute FID to", metavar="FILE")
     classifier: str = option(
         None, "the classifier, kept (default classifier-DATA.safetensors beside --out)", metavar="FILE"
@@ -98,6 +99,8 @@ def check(cfg):
         raise UserError(f"{cfg.out}: exists already, and nothing is overwritten; choose another --out")
     if not Path(cfg.out).parent.is_dir():
         raise UserError(f"{Path(cfg.out).parent}: no such folder, for --out")
+    if cfg.trust and not cfg.inception:
+        raise UserError("--trust is of an --inception")
     if cfg.reference and not cfg.inception:
         raise UserError("--reference holds statistics of Inception features: it needs --inception")
     find_device(cfg.device)
@@ -109,7 +112,7 @@ def load_networks(cfg):
     if "sigma_init" not in about:
         words = "a denoiser, not a one-step generator (it names no sigma_init)"
         raise UserError(f"{cfg.student}: {words}; if it is one, as SiD's files are, give its --sigma-init")
-    path = cfg.teacher or about.get("teacher")
+    path = cfg.teacher or checkpoints.noted_teacher(cfg.student, about)
     if not path:
         return {"student": (student, about)}
     teacher, teacher_about = checkpoints.load(path)
@@ -167,7 +170,7 @@ def compare_data(cfg, state):
 def drawn(cfg, prompts, state):
     """The batches of sample_pixart.draw: prompt i from seed i, of which this process has its share."""
     student, about = pixart_files.load_transformer(cfg.student, like=cfg.teacher or None)
-    if not (source := cfg.teacher or about.get("teacher")):
+    if not (source := cfg.teacher or checkpoints.noted_teacher(cfg.student, about)):
         raise UserError(f"{cfg.student}: notes no teacher, so --teacher must be given")
     folder = pixart_files.find_pipeline(source, student.config.caption_channels)
     encoder = TextEncoder(folder, state.device, DTYPES[cfg.precision][1])

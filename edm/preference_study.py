@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from scipy.stats import binomtest
 
+from edm.images.foreign import read_json
 from edm.text.prompts import read_prompts
 from toy import command
 from toy.files import UserError, naming, replacing
@@ -116,7 +117,7 @@ def fields(record, **kinds):
 def read_key(path):
     """-> the record that build wrote."""
     with naming(path):
-        key = json.loads(path.read_text("utf-8-sig"))
+        key = read_json(path)
         pairs = fields(key, pairs=list, study=str, a=str, b=str)[0]
         hidden = [name for pair in pairs for name in fields(pair, a=str, b=str, prompt=str)[:2]]
         if not hidden or len(set(hidden)) < len(hidden):
@@ -131,7 +132,7 @@ def read_answers(path, key):
     """
     place = {pair[system]: (i, system) for i, pair in enumerate(key["pairs"]) for system in "ab"}
     with naming(path):
-        export, votes = json.loads(path.read_text("utf-8-sig")), {}
+        export, votes = read_json(path), {}
         study, participant, answers = fields(export, study=str, participant=str, answers=list)
         if study != key["study"]:
             raise UserError(f"of study {study[:40]!r}, but the key is of {key['study']!r}")

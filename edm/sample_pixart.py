@@ -29,6 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from edm.config import DEVICE, command_line
 from edm.device import find_device, processes
+from edm.images.checkpoints import noted_teacher
 from edm.images.sampler import parse_seeds
 from edm.sample import kind_of
 from edm.text.pixart import PixArtDenoiser
@@ -127,7 +128,7 @@ def make_samplers(cfg, student, about, folder, vae, null):
     denoiser = PixArtDenoiser(student).to(device, dtype)
     samplers = {"student": student_sampler(denoiser, sigma_init)}
     if cfg.teacher is not None:
-        source = cfg.teacher or about.get("teacher") or cfg.pipeline
+        source = cfg.teacher or noted_teacher(cfg.student, about) or cfg.pipeline
         teacher, _ = load_transformer(source, cfg.heads, like=folder)
         if PixArtDenoiser(teacher).to(device, dtype).shape != denoiser.shape:
             raise UserError(f"{source}: makes images of another size than {cfg.student}")
@@ -177,7 +178,7 @@ def main(cfg):
     prompts, seeds = find_prompts(cfg.prompts), parse_seeds(cfg.seeds)
     student, about = load_transformer(cfg.student, cfg.heads, like=cfg.pipeline)
     sigma_init = sigma_init_of(cfg.student, about, cfg.sigma_init)
-    if not (source := cfg.pipeline or about.get("teacher")):
+    if not (source := cfg.pipeline or noted_teacher(cfg.student, about)):
         raise UserError(f"{cfg.student}: notes no teacher, so --pipeline must be given")
     folder = find_pipeline(source, student.config.caption_channels)
     if cfg.export:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from edm.checkpoints import main
-from edm.images import edm_pickle
+from edm.images import edm_pickle, foreign
 from edm.images.checkpoints import load, save
 from edm.images.edm_pickle import read_pickle, read_storage
 from edm.images.networks import ARCHITECTURES, EDMPrecond
@@ -319,7 +319,7 @@ def test_original_pickle():
 )  # the rounding: of the file, of the reader
 def test_snapshots_of_other_precisions(name, largest, tmp_path, capsys):
     """One network, written in three precisions: float32's copy of each, told in one line."""
-    edm_pickle.tell.cache_clear()
+    foreign.tell.cache_clear()
     path = reference(f"snapshot_{name}.pkl")
     for _ in range(2):
         network, about = load(path)
@@ -483,6 +483,15 @@ BIAS = "model__map_layer0__bias"
      ({"config": "[" * 100_000}, "damaged, or of another kind .RecursionError"),
      ({"config": "[]"}, "not a dictionary"),
      ({"about": "3"}, "not a dictionary"),
+     ({"about": '{"sigma_init": NaN}'}, "its notes have sigma_init=nan"),
+     ({"about": '{"sigma_init": true}'}, "its notes have sigma_init=True"),
+     ({"about": '{"sigma_init": -2.5}'}, "its notes have sigma_init=-2.5"),
+     ({"about": '{"sigma_init": 1e400}'}, "its notes have sigma_init=inf"),
+     ({"about": '{"sigma_init": "2.5"}'}, "its notes have sigma_init='2.5'"),
+     ({"about": '{"teacher": ["a"]}'}, r"its notes have teacher=\['a'\]"),
+     ({"about": r'{"teacher": "a\u001b[2Jb"}'}, r"its notes have teacher='a.x1b"),
+     ({"about": json.dumps({"teacher": "a" * 10**5})}, r"its notes have teacher='aaa"),
+     ({"about": '{"preset": {"a": 1}}'}, r"its notes have preset=\{'a': 1\}"),
      ({"config": CONFIG | {"num_blocks": 10**6}}, "too few for 2 levels of 1000000 blocks"),
      ({"config": CONFIG | {"channel_mult": []}}, "damaged, or of another kind"),
      ({"config": CONFIG | {"channel_mult": [1] * 10**5}}, r"with channel_mult=\[1, 1, 1, 1, 1, 1, \.\.\.\]"),

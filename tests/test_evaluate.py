@@ -1,6 +1,8 @@
 """The metrics against closed forms, the classifier and its cache, and the command line."""
 
 import dataclasses
+import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -220,11 +222,31 @@ def inception_file(tmp_path_factory):
 
 
 def test_inception_takes_uint8_of_one_or_three_channels(inception_file):
-    net, gray = metrics.Inception(inception_file), pixels(5, 0, 256, seed=0)
+    net, gray = metrics.Inception(inception_file, trust=True), pixels(5, 0, 256, seed=0)
     assert net.num_features == 12 and net(gray).shape == (5, 12)
     assert torch.equal(net(gray), net(gray.repeat(1, 3, 1, 1)))
     assert torch.allclose(net(gray)[:, :4], gray.flatten(1) / 255)
     assert torch.allclose(net.probabilities(gray).sum(1), torch.ones(5))
+
+
+class Writer(Tiny):
+    """Does what it should, and overwrites a file."""
+
+    def forward(self, images: torch.Tensor, return_features: bool = False):
+        torch.from_file("victim", True, 8, dtype=torch.uint8).fill_(88)
+        return torch.ones(len(images), 12 if return_features else 6)
+
+
+def test_torchscript_is_a_program_and_only_nvidias_runs_unasked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.jit.script(Writer()).save("writer.pt")
+    Path("victim").write_bytes(b"precious")
+    with pytest.raises(UserError, match=r"writer.pt: not NVIDIA's file, but another: .* give --trust"):
+        metrics.Inception("writer.pt")
+    assert Path("victim").read_bytes() == b"precious"
+    monkeypatch.setattr(metrics, "NVIDIAS", hashlib.sha256(Path("writer.pt").read_bytes()).hexdigest())
+    assert metrics.Inception("writer.pt").num_features == 12
+    assert Path("victim").read_bytes() == b"XXXXXXXX"  # so the danger is real
 
 
 def test_inception_names_what_it_needs_instead_of_nvidias_pickle(tmp_path):
@@ -243,7 +265,7 @@ def test_inception_refuses_other_files(inception_file, tmp_path):
     for path in (tmp_path / "saved.pt", tmp_path / "text.pt", tmp_path / "none.pt", tmp_path,
                  inception_file.with_name("deaf.pt")):  # fmt: skip
         with pytest.raises(UserError, match=re.escape(str(path))) as error:
-            metrics.Inception(path)
+            metrics.Inception(path, trust=True)
         assert "\n" not in str(error.value)
 
 
@@ -417,7 +439,8 @@ SETTINGS = dict(student="student.safetensors", data="digits", samples=30, steps=
 
 def argv(**changes):
     given = {k: v for k, v in (SETTINGS | changes).items() if v is not None}
-    return [word for k, v in given.items() for word in ("--" + k.replace("_", "-"), str(v))]
+    words = [("--" + k.replace("_", "-"), *([] if v is True else [str(v)])) for k, v in given.items()]
+    return [*itertools.chain(*words)]
 
 
 def run(**changes):
@@ -468,20 +491,28 @@ def test_a_student_without_teacher_is_a_row_by_itself(files, classifier_file, ca
 
 
 def test_fid_with_inception_and_reference(files, inception_file, digits, capsys):
-    net = metrics.Inception(inception_file)
+    net = metrics.Inception(inception_file, trust=True)
     features = net(digits.images).double()
     np.savez("ref.npz", mu=features.mean(0).numpy(), sigma=features.T.cov().numpy())
-    assert run(inception=inception_file, reference="ref.npz", out="a.json") == 0
-    assert run(inception=inception_file, out="b.json", batch=30) == 0
+    assert run(inception=inception_file, trust=True, reference="ref.npz", out="a.json") == 0
+    assert run(inception=inception_file, trust=True, out="b.json", batch=30) == 0
     a, b = (json.loads(Path(name).read_text()) for name in ("a.json", "b.json"))
     for name in ("student", "teacher"):
         assert a[name]["fd"] == pytest.approx(b[name]["fd"], rel=1e-4)
         assert a[name]["class_histogram"] == b[name]["class_histogram"]
     np.savez("ref.npz", mu=features.mean(0).numpy() + 1, sigma=features.T.cov().numpy())
-    assert run(inception=inception_file, reference="ref.npz", out="c.json") == 0
+    assert run(inception=inception_file, trust=True, reference="ref.npz", out="c.json") == 0
     assert json.loads(Path("c.json").read_text())["student"]["fd"] != pytest.approx(
         a["student"]["fd"], rel=0.01
     )
+
+
+def test_the_teacher_of_a_students_notes_is_shown_before_it_is_opened(files, capsys):
+    checkpoints.save("stranger.safetensors", tiny_network(), sigma_init=2.5, teacher="some/where.pkl")
+    assert run(student="stranger.safetensors") == 2
+    out, err = capsys.readouterr()
+    assert out == "stranger.safetensors: the teacher that it notes is some/where.pkl\n"
+    assert err.count("\n") == 1 and "some/where.pkl: No such file" in err
 
 
 WRONG = {
@@ -499,7 +530,9 @@ WRONG = {
     "existing output": (dict(out="teacher.safetensors"), "nothing is overwritten"),
     "no output folder": (dict(out="no/where.json"), "no such folder"),
     "reference alone": (dict(reference="ref.npz"), "needs --inception"),
-    "not TorchScript": (dict(inception="student.safetensors"), "student.safetensors: damaged"),
+    "not TorchScript": (dict(inception="student.safetensors", trust=True), "student.safetensors: damaged"),
+    "a program of others": (dict(inception="student.safetensors"), "not NVIDIA's file, .* give --trust"),
+    "trust alone": (dict(trust=True), "--trust is of an --inception"),
     "few samples": (dict(samples=4), "--samples must be at least 5, got 4"),
     "few images": (dict(data="few"), "few: 4 images, but an evaluation needs at least 5"),
     "no labels": (dict(data="mute"), "mute: has no labels, which the classifier"),
@@ -523,7 +556,7 @@ def test_wrong_inputs_end_with_code_2_and_one_line(files, capsys, case):
 
 def test_reference_of_wrong_size(files, inception_file, capsys):
     np.savez("ref.npz", mu=np.zeros(2048), sigma=np.zeros((2, 2)))
-    assert run(inception=inception_file, reference="ref.npz") == 2
+    assert run(inception=inception_file, trust=True, reference="ref.npz") == 2
     assert (
         "ref.npz: mu and sigma are (2048,) and (2, 2), but the network has 12 features"
         in capsys.readouterr().err

@@ -14,8 +14,11 @@ import safetensors.torch
 import torch
 
 from edm.images.edm_pickle import read_pickle
+from edm.images.foreign import tell
 from edm.images.networks import EDMPrecond
 from toy.files import UserError, naming, replacing
+
+MAX_BLOCKS = 128  # of a network: each takes some milliseconds to build, however small
 
 
 def save(path, network, **about):
@@ -58,13 +61,20 @@ def load(path, sigma_init=None):
 
 
 def is_safetensors(head):
-    """By the first nine bytes: eight of a length, then JSON."""
-    return head[6:9] == b"\0\0{"
+    """By the first nine bytes: eight of a length, then JSON.  More than a megabyte of it takes seconds."""
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= 2**20
+
+
+def open_safetensors(path, framework="pt"):
+    with open(path, "rb") as file:
+        if not is_safetensors(file.read(9)):
+            raise UserError("not a safetensors file, or one with a header of more than a megabyte")
+    return safetensors.safe_open(path, framework)
 
 
 def read_safetensors(path):
     """A file of `save` -> (config, {name: tensor}, about)."""
-    with safetensors.safe_open(path, "pt") as file:
+    with open_safetensors(path) as file:
         metadata = file.metadata() or {}
         if not {"config", "about"} <= metadata.keys():
             raise UserError("a safetensors file, but not one of ours: no config and about in its metadata")
@@ -73,11 +83,21 @@ def read_safetensors(path):
     config, about = json.loads(metadata["config"]), json.loads(metadata["about"])
     if not isinstance(config, dict) or not isinstance(about, dict):
         raise UserError("config or about in its metadata is not a dictionary")
+    for name in NOTES.keys() & about.keys():
+        if not NOTES[name](about[name]):
+            raise UserError(f"its notes have {name}={reprlib.repr(about[name])}")
     return config, weights, about
 
 
-def integer(low):
-    return lambda value: type(value) is int and low <= value < 2**20
+def noted_teacher(path, about):
+    """The teacher in a student's notes, or None: a stranger's words, so shown before anything is opened."""
+    if teacher := about.get("teacher"):
+        tell(f"{path}: the teacher that it notes is {teacher}", "stdout")
+    return teacher
+
+
+def integer(low, high=2**20):
+    return lambda value: type(value) is int and low <= value < high
 
 
 def number(low, high):
@@ -88,12 +108,14 @@ def integers(value):
     return type(value) in (list, tuple) and len(value) < 16 and all(map(integer(1), value))
 
 
-def word(value):  # SongUNet knows which
-    return type(value) is str
+def word(value):
+    return type(value) is str and len(value) < 2**12 and value.isprintable()
 
 
+NOTES = dict(sigma_init=number(1e-9, 1e9), teacher=word, preset=word, kind=word)
 OPTIONS = dict(
-    img_resolution=integer(1), img_channels=integer(1), label_dim=integer(0), augment_dim=integer(0),
+    img_resolution=integer(1, 2**10 + 1), img_channels=integer(1), label_dim=integer(0),
+    augment_dim=integer(0),
     sigma_data=number(1e-9, 1e9), dropout=number(0, 1), label_dropout=number(0, 1),
     model_channels=integer(1), channel_mult=integers, channel_mult_emb=integer(1),
     channel_mult_noise=integer(1), num_blocks=integer(1), attn_resolutions=integers,
@@ -109,6 +131,8 @@ def build(config, weights):
     levels, blocks = len(config.get("channel_mult", (1, 2, 2, 2))), config.get("num_blocks", 4)
     if levels * blocks > len(weights):  # before building them one by one
         raise UserError(f"{len(weights)} tensors are too few for {levels} levels of {blocks} blocks")
+    if levels * blocks > MAX_BLOCKS:
+        raise UserError(f"{levels} levels of {blocks} blocks, more than {MAX_BLOCKS} in all")
     with torch.device("meta"):
         network = EDMPrecond(**config).eval().requires_grad_(False)
     check_weights(weights, network.state_dict())

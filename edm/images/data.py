@@ -9,6 +9,7 @@ import gzip
 import json
 import math
 import os
+import re
 import struct
 import zipfile
 from dataclasses import dataclass
@@ -21,11 +22,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 from edm.config import LEAST_IMAGES
+from edm.images.foreign import expanding, tell
 from edm.images.safe_pickle import InertUnpickler, Record
 from toy.files import UserError, naming
 
 # Far above any data set meant here, far below what a gzip or zip bomb announces.
-MAX_IMAGES, MAX_MEMBER, MAX_CLASSES = 2**20, 2**28, 2**16  # in an IDX file; bytes of a zip's member; labels
+MAX_IMAGES, MAX_FILE, MAX_CLASSES = 2**20, 2**28, 2**16  # in an IDX file; bytes of a PNG; labels
+HIDDEN = re.compile(r"(^|/)(__MACOSX/|\.[^/])")  # a path below a folder: Macs leave such files everywhere
 PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\x0dIHDR"
 
 
@@ -54,6 +57,7 @@ def load_images(source, train=True, resolution=None):
         a folder with CIFAR-10's batches, original binary or Python version (3x32x32),
         a zip or a folder of PNGs, nested or not, in the order of their names, with or without EDM's
         dataset.json for labels: all 8-bit grey or all 8-bit RGB, of one size, square.
+    Hidden files are skipped, and counted in a line on stderr.
     train: the training or the test images; "digits" and PNGs have no such parts: always all of them.
     resolution: the height and width that the images must have; None: any.
     Raises UserError naming the file and the reason for anything missing, damaged or unfit.
@@ -62,9 +66,9 @@ def load_images(source, train=True, resolution=None):
     if source == "digits":
         images, labels = load_digits()
     elif path.is_dir():
-        images, labels = load_folder(path, train)
+        images, labels = load_folder(path, train, resolution)
     else:
-        images, labels = load_zip(path)
+        images, labels = load_zip(path, resolution)
     if resolution is not None and images.shape[-1] != resolution:
         raise UserError(f"{source}: its images are of resolution {images.shape[-1]}, not {resolution}")
     return Images(images, labels, str(source))
@@ -97,16 +101,26 @@ def load_digits():
     return images[:, None], torch.from_numpy(digits.target.astype(np.int64))
 
 
-def load_folder(folder, train):
+def visible(source, sizes):
+    """Of {name: bytes} the files that are not hidden."""
+    shown = {name: size for name, size in sizes.items() if not HIDDEN.search(name)}
+    if hidden := len(sizes) - len(shown):
+        tell(f"{source}: {hidden} hidden file{'s'[: hidden > 1]} skipped")
+    return shown
+
+
+def load_folder(folder, train, resolution):
     with naming(folder):
-        files = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+        sizes = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+    files = visible(folder, sizes)
     if any(file.startswith(("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")) for file in files):
         return load_mnist(folder, "train" if train else "t10k")
     batches = [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
     for suffix, read in (".bin", read_binary_batch), ("", read_python_batch):
         if any(batch + suffix in files for part in batches for batch in part):
             return load_cifar10([folder / (batch + suffix) for batch in batches[not train]], read)
-    return load_pngs(folder, files, lambda name: (folder / name).read_bytes())
+    read = lambda name: (folder / name).read_bytes()
+    return load_pngs(folder, files, sum(files.values()), read, resolution)
 
 
 def below_ten(labels):  # MNIST and CIFAR-10 both have ten classes
@@ -139,6 +153,7 @@ def read_idx(file, *size):
         if found != [*size] or not 0 < count <= MAX_IMAGES:
             raise UserError(f"it announces {count} items of size {found}, not 1 to {MAX_IMAGES} of {[*size]}")
         total = count * math.prod(size)
+        expanding(file.stat().st_size).spend(total)
         body = stream.read(total + 1)  # to the end: only there does gzip check its checksum
         if len(body) != total:
             holds = "more" if len(body) > total else len(body)
@@ -187,38 +202,60 @@ def read_python_batch(content):
 # PNGs.  dataset.json: {"labels": [[name, label], ...] or null}, label a class index or one-hot.
 
 
-def load_zip(path):
-    def read(name):
-        if archive.getinfo(name).file_size > MAX_MEMBER:  # if this number is a lie, zipfile refuses it
-            raise UserError(f"larger than {MAX_MEMBER} bytes")
-        return archive.read(name)
-
+def load_zip(path, resolution):
     with naming(path):
         archive = zipfile.ZipFile(path)
-    with archive:
-        return load_pngs(path, archive.namelist(), read)
+    with archive:  # if a size is a lie, zipfile refuses it
+        sizes = {member.filename: member.file_size for member in archive.infolist() if not member.is_dir()}
+        return load_pngs(path, visible(path, sizes), path.stat().st_size, archive.read, resolution)
 
 
-def load_pngs(source, files, read):
-    """files: all names in it.  read(name) -> bytes.  An image of another kind is an error, not skipped."""
-    images, labels, known = [], None, Image.registered_extensions()
-    names = sorted({name for name in files if os.path.splitext(name)[1].lower() in known})
+def load_pngs(source, files, stored, read, resolution):
+    """files: {name: bytes}, all of them.  stored: bytes that they take on the disk.  read(name) -> bytes.
+
+    An image of another kind is an error, not skipped.  What is too large is refused before it is decoded.
+    """
+    budget, known, images, labels = expanding(stored), Image.registered_extensions(), None, None
+    names = sorted(name for name in files if os.path.splitext(name)[1].lower() in known)
     if not names:
         raise UserError(f"{source}: there are no images in it")
-    for name in names:
+
+    def content(name, most=MAX_FILE):
+        if files[name] > most:
+            raise UserError(f"larger than {most:,} bytes")
+        budget.spend(files[name])
+        return read(name)
+
+    for i, name in enumerate(names):
         with naming(f"{source}/{name}"):
-            images.append(read_png(read(name)))
-            if images[-1].shape != images[0].shape:
-                shape, first = images[-1].shape, images[0].shape
-                raise UserError(f"its channels, height and width are {shape}, those of {names[0]} {first}")
-    if "dataset.json" in files:
-        with naming(f"{source}/dataset.json"):
-            labels = read_labels(read("dataset.json"), names)
-    return torch.from_numpy(np.stack(images)), labels
+            png = content(name)
+            shape = png_shape(png)
+            if images is None:
+                if resolution not in (None, shape[1]):
+                    raise UserError(f"it is of resolution {shape[1]}, not {resolution}")
+                budget.spend(len(names) * math.prod(shape))
+                images = np.empty((len(names), *shape), np.uint8)
+            if shape != images.shape[1:]:
+                first = f"those of {names[0]} {images.shape[1:]}"
+                raise UserError(f"its channels, height and width are {shape}, {first}")
+            images[i] = read_png(png, shape)
+    if (file := labels_file(files, names)) is not None:
+        with naming(f"{source}/{file}"):
+            text, above = content(file, 2**20 + 1024 * len(names)), len(file) - len("dataset.json")
+            labels = read_labels(text, [name[above:] for name in names])
+    return torch.from_numpy(images), labels
 
 
-def read_png(content):
-    """The bytes of a square 8-bit grey or RGB PNG -> (C, H, W) uint8 array, C = 1 or 3."""
+def labels_file(files, names):
+    """The topmost dataset.json in a folder that holds all images, such as a zip's only one; or None."""
+    for file in sorted(files, key=len):
+        folder, _, last = file.rpartition("/")
+        if last == "dataset.json" and all(name.startswith(f"{folder}/" * bool(folder)) for name in names):
+            return file
+
+
+def png_shape(content):
+    """The bytes of a square 8-bit grey or RGB PNG -> (C, H, W), C = 1 or 3, as its head announces."""
     if not content.startswith(PNG_START) or len(content) < 26:
         raise UserError("not a PNG")
     width, height, depth, colour = struct.unpack(">IIBB", content[16:26])
@@ -227,12 +264,17 @@ def read_png(content):
         raise UserError(f"{found}: neither 8-bit grey nor 8-bit RGB")
     if width != height:
         raise UserError(f"it is {height}x{width}, not square")
+    return (1 if colour == 0 else 3), height, width
+
+
+def read_png(content, shape):
+    """-> (C, H, W) uint8 array."""
     try:
         Image.open(BytesIO(content), formats=["PNG"]).verify()  # the checksums, which decoding ignores
         pixels = np.asarray(Image.open(BytesIO(content), formats=["PNG"]))
     except Exception as error:  # pillow's own words name a buffer's address, not the file
         raise UserError(f"a damaged PNG ({type(error).__name__})") from None
-    return pixels.reshape(height, width, 1 if colour == 0 else 3).transpose(2, 0, 1)
+    return pixels.reshape(*shape[1:], shape[0]).transpose(2, 0, 1)
 
 
 def read_labels(content, names):

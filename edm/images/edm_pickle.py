@@ -1,18 +1,16 @@
 """EDM's .pkl files, read without executing them: records instead of objects, then weights out of records."""
 
 import io
-import os
 import pickle
 import re
 import reprlib
 import struct
-import sys
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from edm.images.foreign import tell
 from edm.images.safe_pickle import InertUnpickler, Record
 from toy.files import UserError
 
@@ -59,13 +57,6 @@ def read_pickle(path):
     return config, weights
 
 
-@cache
-def tell(line):
-    """To stderr, once: a command may load a file more than once."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr)
-
-
 def attributes(module):
     """The attribute dict of a pickled module, of one of EDM's classes or torch's."""
     return module.args[0]["state"] if module.args else module.state
@@ -74,7 +65,7 @@ def attributes(module):
 def plain(value):
     """A keyword argument, with numpy's float64 scalars made floats."""
     if not isinstance(value, Record):
-        return value
+        return tuple(value) if isinstance(value, tuple) else value
     dtype, data = value.args
     if dtype.args[0] != "f8" or dtype.state[1] != "<":
         raise UserError("it has a numpy number that is not a float64")
@@ -83,8 +74,9 @@ def plain(value):
 
 def named_tensors(module, prefix, seen):
     """(name, tensor) for all in a pickled module: parameters, buffers, then children."""
-    once(module, seen)
     state = attributes(module)
+    for part in (module, state["_parameters"], state["_buffers"], state["_modules"]):
+        once(part, seen)
     tensors = {name: p and p.args[0] for name, p in state["_parameters"].items()} | state["_buffers"]
     for name, tensor in tensors.items():
         if tensor is not None:
@@ -94,11 +86,11 @@ def named_tensors(module, prefix, seen):
             yield from named_tensors(child, f"{prefix}{name}.", seen)
 
 
-def once(record, seen):
+def once(part, seen):
     """Refuse what occurs twice: no part of these networks does, and a loop would not end."""
-    if id(record) in seen:
+    if id(part) in seen:
         raise UserError("a module or storage occurs twice")
-    seen.add(id(record))
+    seen.add(id(part))
 
 
 def read_tensor(record, seen):

@@ -7,6 +7,7 @@ which is never looked up.  A call is another matter: unless it is one of `CALLS`
 """
 
 import io
+import mmap
 import struct
 import sys
 import zipfile
@@ -14,6 +15,7 @@ import zipfile
 import numpy as np
 import torch
 
+from edm.images.foreign import Budget
 from edm.images.safe_pickle import InertUnpickler, Record
 from toy.files import UserError
 
@@ -161,7 +163,7 @@ def read_old(path, data):
     """Before torch 1.6: pickles of a magic number, a version, the machine; of the content and of the keys of
     the storages, which follow, each with its number of elements before it."""
     places, storages = {}, {}
-    with open(path, "rb") as file:
+    with open(path, "rb") as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as file:
         magic, _, _, content, keys = (Reader(file, storages).load() for _ in range(5))
         if magic != 0x1950A86A20F9469CFC6C:
             raise UserError("not a file of torch.save")
@@ -180,7 +182,7 @@ def read_pth(path):
     """
     data = np.memmap(path, np.uint8, "c")  # what is written to it stays out of the file
     content, places = (read_zip if zipfile.is_zipfile(path) else read_old)(path, data)
-    weights, ignored = find_weights(content)
+    weights, ignored = find_weights(content, set())
     if not weights:
         raise UserError("holds no tensors by name")
     if ignored:
@@ -188,7 +190,7 @@ def read_pth(path):
         entries = "entry" if len(ignored) == 1 else "entries"
         words = f"{len(weights)} tensors taken, {len(ignored)} other {entries} ignored ({named})"
         print(f"{path}: {words}", file=sys.stderr)
-    found = {}
+    found, budget = {}, Budget(2 * len(data), "its tensors are larger than the file")
     for name, tensor in weights.items():
         storage, offset, shape, stride, *_ = tensor.args
         dtype, key = storage.args
@@ -196,15 +198,20 @@ def read_pth(path):
             raise UserError(f"tensor {name[:100]} is of a kind that is not read")
         values = torch.from_numpy(data[places[key]]).view(dtype)
         found[name] = values.as_strided(shape, stride, offset)
+        budget.spend(found[name].nbytes)
     return found
 
 
-def find_weights(content):
-    """A dictionary, with others in it -> ({name: Tensor}, names of all that is not among them)."""
-    if not isinstance(content, dict):
+def find_weights(content, seen):
+    """A dictionary, with others in it -> ({name: Tensor}, names of all that is not among them).
+
+    seen: ids of the dictionaries that were looked at: one that is found again and again is of no use.
+    """
+    if not isinstance(content, dict) or id(content) in seen:
         return {}, []
+    seen.add(id(content))
     for key in NESTS:
-        weights, ignored = find_weights(content.get(key))
+        weights, ignored = find_weights(content.get(key), seen)
         if weights:
             return weights, [name for name in content if name != key] + ignored
     weights = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}

@@ -21,7 +21,7 @@ from toy.files import UserError
 
 def feature_network(cfg, data, state):
     if cfg.inception:
-        return Inception(cfg.inception).to(state.device)
+        return Inception(cfg.inception, cfg.trust).to(state.device)
     default = Path(cfg.out).with_name(f"classifier-{Path(cfg.data).stem}.safetensors")
     with state.main_process_first():  # which trains; the others read its file
         return classifier_features(data, cfg.classifier or default).to(state.device)

@@ -15,6 +15,7 @@ import inspect
 import itertools
 import sys
 import warnings
+import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -41,19 +42,29 @@ TORCHSCRIPT = ("its TorchScript form, https://nvlabs-fi-cdn.nvidia.com/stylegan2
                "inception-2015-12-05.pt")  # fmt: skip
 
 
+NVIDIAS = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"  # its SHA-256
+
+
 class Inception(nn.Module):
     """The Inception network of the FID: NVIDIA's TorchScript file inception-2015-12-05.pt.
 
     It resizes and scales by itself.  Its probabilities are those of its softmax, output bias
-    included; some codes leave the bias out of the Inception Score.  TorchScript runs no Python.
+    included; some codes leave the bias out of the Inception Score.
+
+    TorchScript is a program: it runs no Python, but can write to any file and need not end.  NVIDIA's is
+    known by its digest; trust: open another, of which the caller knows where it is from.
     Raises UserError for a file that is not such a network.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, trust=False):
         super().__init__()
         with naming(path), open(path, "rb") as file, warnings.catch_warnings():
             if file.read(1) == b"\x80":
                 raise UserError(f"a pickle, which carries code, and none is run; needed: {TORCHSCRIPT}")
+            file.seek(0)
+            if not trust and hashlib.file_digest(file, "sha256").hexdigest() != NVIDIAS:
+                words = "it is a program that could do anything; if you know where it is from, give --trust"
+                raise UserError(f"not NVIDIA's file, but another: {words}")
             file.seek(0)
             warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript as a whole
             self.net = torch.jit.load(file, map_location="cpu").eval()
@@ -309,7 +320,10 @@ class Reference:
 
 def load_statistics(path, num_features):
     """EDM's reference file, an .npz with mu (F,) and sigma (F, F) -> (mean, covariance), float64."""
-    with naming(path), np.load(path, allow_pickle=False) as file:
+    with naming(path), zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as file:
+        members = archive.getinfo("mu.npy"), archive.getinfo("sigma.npy")
+        if max(member.file_size for member in members) > 2**20 + 16 * num_features**2:
+            raise UserError(f"larger than mu and sigma of {num_features} features")
         mean, covariance = (torch.tensor(file[key], dtype=torch.float64) for key in ("mu", "sigma"))
         if mean.shape != (num_features,) or covariance.shape != (num_features, num_features):
             shapes = f"{tuple(mean.shape)} and {tuple(covariance.shape)}"

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import reprlib
 import shutil
 import tempfile
 from pathlib import Path
@@ -19,7 +20,15 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from edm.images.checkpoints import check_weights, is_safetensors, read_safetensors, some
+from edm.images.checkpoints import (
+    MAX_BLOCKS,
+    check_weights,
+    is_safetensors,
+    open_safetensors,
+    read_safetensors,
+    some,
+)
+from edm.images.foreign import read_json
 from edm.images.pth import read_pth
 from edm.text.pixart import PixArtDenoiser, sigma_of_t
 from edm.text.pixart_names import POSITIONS, from_original
@@ -28,6 +37,11 @@ from toy.files import UserError, naming
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OLD_NULL = "caption_projection.y_embedding"  # the null caption, which old versions of diffusers kept
+# What a config may ask for before it is compared with the tensors.  PixArt's at 1,024 pixels has a width of
+# 16 * 72 and 64 * 64 patches, a table of positions of 4.7 million.
+SIZES = dict(num_layers=MAX_BLOCKS, sample_size=1024, patch_size=64, num_attention_heads=256,
+             attention_head_dim=2048, in_channels=2**14, cross_attention_dim=2**14)  # fmt: skip
+MAX_TABLE = 2**23
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -56,7 +70,7 @@ def read_file(path, heads, like):
     with open(path, "rb") as file:
         if not is_safetensors(file.read(9)):
             return *from_original(read_pth(path), heads, like), {}
-    with safetensors.safe_open(path, "pt") as file:
+    with open_safetensors(path) as file:
         ours = "config" in (file.metadata() or {})
     if ours:
         return read_safetensors(path)
@@ -82,14 +96,14 @@ def find(source, parts):
 
 
 def read_folder(folder):
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     names, index = {WEIGHTS}, folder / f"{WEIGHTS}.index.json"
     if index.exists():  # a large one, in several files
-        names = {Path(name).name for name in json.loads(index.read_text())["weight_map"].values()}
+        names = {Path(name).name for name in read_json(index)["weight_map"].values()}
     weights = {}
     for name in sorted(names):
-        with naming(name):
-            weights |= safetensors.torch.load_file(folder / name)
+        with naming(name), open_safetensors(folder / name) as file:
+            weights |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     weights.pop(OLD_NULL, None)
     return config, weights
 
@@ -113,9 +127,15 @@ def build(config, weights):
 
     known = inspect.signature(PixArtTransformer2DModel).parameters  # old versions' configs have more
     config = {name: value for name, value in config.items() if name in known}
-    layers, size = config.get("num_layers"), config.get("sample_size")
-    if type(layers) is not int or type(size) is not int or not 0 < size <= 1024:
-        raise UserError(f"no config of a PixArt transformer: num_layers={layers!r}, sample_size={size!r}")
+    if "num_layers" not in config:
+        raise UserError("no config of a PixArt transformer: it names no num_layers")
+    sizes = {name: config.get(name, known[name].default) for name in SIZES}
+    for name, value in sizes.items():
+        if type(value) is not int or not 0 < value <= SIZES[name]:
+            raise UserError(f"no config of a PixArt transformer: {name}={reprlib.repr(value)}")
+    layers, patches = sizes["num_layers"], sizes["sample_size"] // sizes["patch_size"]
+    if patches**2 * sizes["num_attention_heads"] * sizes["attention_head_dim"] > MAX_TABLE:
+        raise UserError("no config of a PixArt transformer: its table of positions is too large")
     if layers * 21 > len(weights):  # of a block; before building them one by one
         raise UserError(f"{len(weights)} tensors are too few for {layers} layers")
     with init_empty_weights():  # but the table of positions is computed
@@ -168,7 +188,7 @@ def write_pipeline(transformer, sigma_init, folder, out):
     if out.exists():
         raise UserError(f"{out}: exists already, and nothing is overwritten")
     with naming(folder / "model_index.json"):
-        index = json.loads((folder / "model_index.json").read_text())
+        index = read_json(folder / "model_index.json")
     classes = {"transformer": "PixArtTransformer2DModel", "scheduler": "EulerDiscreteScheduler"}
     index |= {"_class_name": "PixArtAlphaPipeline"} | {k: ["diffusers", v] for k, v in classes.items()}
     scheduler, t = one_step_scheduler(transformer, sigma_init)
@@ -192,7 +212,7 @@ def find_pipeline(source, caption_channels):
             raise UserError(f"{source}: has no {part}, so is not a whole pipeline")
     config = folder / "text_encoder" / "config.json"
     with naming(config):
-        width = json.loads(config.read_text())["d_model"]
+        width = read_json(config)["d_model"]
     if width != caption_channels:
         raise UserError(f"{source}: its captions are {width} wide, the student's {caption_channels}")
     return folder

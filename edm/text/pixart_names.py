@@ -1,11 +1,11 @@
 """PixArt's own names for its tensors -> those of diffusers, and the config, which its files do not tell."""
 
-import json
 import math
 import re
 from pathlib import Path
 
 from edm.images.checkpoints import some
+from edm.images.foreign import read_json
 from toy.files import UserError, naming
 
 POSITIONS = "pos_embed.pos_embed"  # computed, not learned
@@ -86,6 +86,6 @@ def heads_of(folder, width):
     if not path.exists():
         return None
     with naming(path):
-        config = json.loads(path.read_text())
+        config = read_json(path)
         heads = config["num_attention_heads"]
         return heads if heads * config["attention_head_dim"] == width else None

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
 
+from edm.images.checkpoints import open_safetensors
 from toy.files import UserError, naming
 
 SOURCE = "PixArt-alpha/SAM-LLaVA-Captions10M"
 MAX_TOKENS = 120  # PixArt-alpha's, the end token among them
+MAX_LINE, MAX_PROMPT = 2**20, 2**14  # bytes, characters: far above MAX_TOKENS
 DTYPES = {"bf16": ("BF16", torch.bfloat16, np.int16), "fp32": ("F32", torch.float32, np.float32)}
 
 
@@ -36,10 +37,12 @@ def read_prompts(path):
 
     def lines(file):
         nonlocal number
-        for line in file:  # bytes, so that a line ends at \n only, and a bad one can be named
+        while line := file.readline(MAX_LINE + 1):  # bytes, so that it ends at \n only, and can be named
             number += 1
             if b"\0" in line:
                 raise UserError("a binary file, not text")
+            if len(line) > MAX_LINE:
+                raise UserError(f"of more than {MAX_LINE:,} bytes")
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
 
     prompts = []
@@ -50,6 +53,8 @@ def read_prompts(path):
                     raise UserError('no "text", or one that is not a string')
                 text.encode()  # JSON can hold half a character, which no tokenizer takes
                 prompts.append(text.strip())
+                if len(prompts[-1]) > MAX_PROMPT:
+                    raise UserError(f"a prompt of more than {MAX_PROMPT:,} characters")
         except UnicodeError:
             raise UserError(f"line {number}: not UTF-8") from None
         except (UserError, ValueError, csv.Error, RecursionError) as error:
@@ -68,11 +73,13 @@ def json_texts(lines):
 
 
 def csv_texts(lines):
-    rows = csv.DictReader(lines, strict=True)
-    if "text" not in (rows.fieldnames or ["text"]):  # no names at all: an empty file
+    rows = csv.reader(lines, strict=True)  # a DictReader fills up every short row, of a million columns too
+    names = next(filter(None, rows), ["text"])  # none at all: an empty file
+    if "text" not in names:
         raise UserError('there is no column "text"')
-    for row in rows:
-        yield row["text"]
+    column = names.index("text")
+    for row in filter(None, rows):
+        yield row[column] if column < len(row) else None
 
 
 def digest(prompts):
@@ -187,7 +194,7 @@ class CaptionFile:
     def __init__(self, path, device="cpu", dtype=torch.float32):
         self.name, self.device, self.dtype = str(path), device, dtype
         # numpy's view is read-only, unlike torch's, for which the system reserves memory
-        with naming(path), safe_open(path, "np") as file:
+        with naming(path), open_safetensors(path, "np") as file:
             about = file.metadata() or {}
             if not {"prompts", "encoder", "max_tokens"} <= about.keys() or len(file.keys()) != 2:
                 raise UserError("a safetensors file, but not one of captions")

@@ -1,0 +1,42 @@
+"""Foreign files: what reading one may cost, and what is said of it."""
+
+import json
+import os
+import sys
+from functools import cache
+
+from toy.files import UserError
+
+MAX_JSON = 2**24  # bytes: settings, an index of weights, the answers of one participant
+
+
+class Budget:
+    """What a reader may spend, of anything: above what honest files need, far below what a bomb asks for."""
+
+    def __init__(self, left, words):
+        self.left, self.words = left, words
+
+    def spend(self, count):
+        self.left -= count
+        if self.left < 0:
+            raise UserError(self.words)
+
+
+def expanding(stored):
+    """The budget of bytes that may come out of so many.  Deflate alone makes 1032 of one."""
+    return Budget(2**28 + 100 * stored, "expands to more than a hundred times its bytes, and 256 MB")
+
+
+def read_json(path):
+    with open(path, "rb") as file:
+        text = file.read(MAX_JSON + 1)
+    if len(text) > MAX_JSON:
+        raise UserError(f"larger than the {MAX_JSON:,} bytes that such a file may have")
+    return json.loads(text.decode("utf-8-sig"))
+
+
+@cache
+def tell(line, stream="stderr"):
+    """Print it once: a command may load a file more than once."""
+    if os.environ.get("RANK", "0") == "0":
+        print("".join(c if c.isprintable() else "?" for c in line), file=getattr(sys, stream))
