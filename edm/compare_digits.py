@@ -201,7 +201,11 @@ def quietly(work, *args):
 
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
-        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), redirect_stdout(nowhere):
+        with (
+            open(os.devnull, "w", encoding="utf-8") as nowhere,
+            redirect_stderr(nowhere),
+            redirect_stdout(nowhere),
+        ):
             work(*args)
     except (UserError, OSError) as error:
         print(f"compare_digits.py: error: {error}", file=sys.stderr)

@@ -59,7 +59,7 @@ def run(order, folder, tests):
     out = os.open("out", os.O_WRONLY | os.O_CREAT)
     os.dup2(out, 1), os.dup2(out, 2)
     code = pytest.main([*OPTIONS, "-k", names, *files.split()], plugins=[order])
-    Path(folder, "order.json").write_text(json.dumps(vars(order)))
+    Path(folder, "order.json").write_text(json.dumps(vars(order)), encoding="utf-8")
     sys.stdout.flush()
     return code
 
@@ -80,7 +80,7 @@ def main():
             os._exit(run(order, folder, tests))
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
         if (learnt := Path(folder, "order.json")).exists():
-            order = Order(**json.loads(learnt.read_text()))
+            order = Order(**json.loads(learnt.read_text("utf-8")))
 
 
 if __name__ == "__main__":

@@ -449,6 +449,21 @@ def test_round_trip(arch, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+def test_a_flipped_bit_is_told_and_names_the_file(tmp_path):
+    path, rng = tmp_path / "a.safetensors", np.random.default_rng(0)
+    save(path, tiny(), sigma_init=2.5, teacher="t")
+    whole = path.read_bytes()
+    for place in rng.integers(len(whole), size=60):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << rng.integers(8))]) + whole[place + 1 :])
+        try:
+            network, about = load(path)
+        except UserError as error:
+            assert str(error).startswith(f"{path}: ")
+        else:  # in the name of the digest, or white space
+            assert_same(network, tiny())
+            assert about == {"sigma_init": 2.5, "teacher": "t"}
+
+
 def test_loaded_weights_do_not_hang_on_the_file(tmp_path):
     path = tmp_path / "a.safetensors"
     save(path, tiny())

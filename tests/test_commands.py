@@ -210,3 +210,15 @@ def test_accelerate_s_variables_decide_nothing(monkeypatch, capsys):
     assert accelerator.gradient_accumulation_steps == 1 and accelerator.state.deepspeed_plugin is None
     AcceleratorState._reset_state(True)
     assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS, ACCELERATE_USE_DEEPSPEED" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", ["toy/compare_2d.py --help", "edm/evaluate.py --help", "edm/checkpoints.py show é"]
+)
+def test_a_terminal_without_letters(words):
+    plain = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    done = subprocess.run(
+        [sys.executable, *words.split()], cwd=ROOT, env=os.environ | plain, capture_output=True
+    )
+    assert done.returncode == (0 if "--help" in words else 2) and b"Traceback" not in done.stderr, done.stderr
+    assert b"Fr?chet" in done.stdout or "evaluate" not in words

@@ -41,7 +41,7 @@ def study(tmp_path, monkeypatch):
 
 
 def rows(study):
-    with open(study / "study.csv", newline="") as file:
+    with open(study / "study.csv", encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 

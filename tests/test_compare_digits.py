@@ -47,7 +47,7 @@ def study(*words):
 
 
 def rows():
-    with open("study/study.csv", newline="") as file:
+    with open("study/study.csv", encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -81,13 +81,15 @@ def test_a_score_is_what_distill_measures(capsys):
     AcceleratorState._reset_state()
     alone = dataclasses.replace(students["sid-karras-w", 1], out="alone", every=10**9)
     assert distill.main(alone) == 0
-    metrics = json.loads(Path("alone/metrics.json").read_text())
+    metrics = json.loads(Path("alone/metrics.json").read_text("utf-8"))
     for name in ("fd", "precision", "recall"):
         assert float(found["sid-karras-w", "1", "6"][name]) == pytest.approx(metrics[f"student_{name}"])
         assert float(found["teacher", "1", "5"][name]) == pytest.approx(metrics[f"teacher_{name}"])
-    assert json.loads(Path("study/teacher-1/scores.json").read_text())["floor_fd"] == metrics["floor_fd"]
+    assert (
+        json.loads(Path("study/teacher-1/scores.json").read_text("utf-8"))["floor_fd"] == metrics["floor_fd"]
+    )
     assert found["default", "0", "0"]["fd"] != found["default", "0", "6"]["fd"]
-    text = Path("study/study.md").read_text()
+    text = Path("study/study.md").read_text("utf-8")
     assert "| sid-karras-w |" in text and "4 of 4 runs" in capsys.readouterr().out
     assert Path("study/study.png").stat().st_size > 5000 and Path("study/runs/default-0/ten.png").exists()
 
@@ -102,7 +104,7 @@ def test_what_is_recorded_is_not_repeated_and_other_settings_are_refused(capsys)
     err = capsys.readouterr().err
     assert "holds a run of other settings" in err and err.count("\n") == 1
     assert before == {path: path.stat().st_mtime_ns for path in Path("study/runs").rglob("*")}
-    Path("study/runs/default-0/scores.json").write_text("{")
+    Path("study/runs/default-0/scores.json").write_text("{", encoding="utf-8")
     assert study("--seeds", "1", "--arms", "default") == 2
     assert "is damaged; remove study/runs/default-0" in capsys.readouterr().err
 
@@ -112,7 +114,7 @@ def test_a_run_that_diverges_is_infinitely_far(monkeypatch):
     assert study("--seeds", "1") == 0
     status = {row["arm"]: row["status"] for row in rows()}
     assert status == {"teacher": "finished", "default": "finished", "sid-karras-w": "diverged"}
-    assert "| sid-karras-w | inf | inf | 0.00 | 0.00 |" in Path("study/study.md").read_text()
+    assert "| sid-karras-w | inf | inf | 0.00 | 0.00 |" in Path("study/study.md").read_text("utf-8")
     before = Path("study/runs/sid-karras-w-0/scores.json").stat().st_mtime_ns
     assert study("--seeds", "1") == 0
     assert before == Path("study/runs/sid-karras-w-0/scores.json").stat().st_mtime_ns

@@ -350,26 +350,29 @@ def flip(content):
 
 
 @pytest.mark.parametrize("damage", [cut, flip, lambda content: b"", lambda content: b"no classifier"])
-def test_damaged_cache_is_made_again(digits, tmp_path, quick_training, capsys, damage):
+def test_what_is_no_classifier_of_these_data_is_never_written_over(digits, tmp_path, quick_training, damage):
     path = tmp_path / "c.safetensors"
     metrics.classifier_features(digits, path)
     path.write_bytes(damage(path.read_bytes()))
-    net = metrics.classifier_features(digits, path)
-    assert len(quick_training) == 2 and "training the classifier again" in capsys.readouterr().err
-    assert same_weights(net, metrics.classifier_features(digits, path)) and len(quick_training) == 2
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=f"{path}: no classifier of digits .*another --classifier"):
+        metrics.classifier_features(digits, path)
+    assert path.read_bytes() == before and len(quick_training) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
 
 
-def test_cache_of_other_data_or_code_is_made_again(digits, classifier_file, tmp_path, quick_training):
-    path = tmp_path / "c.safetensors"
-    path.write_bytes(classifier_file.read_bytes())
-    metrics.classifier_features(digits, path)
-    assert len(quick_training) == 1  # its code is another now
+def test_a_classifier_of_other_data_or_code_is_refused(digits, classifier_file, tmp_path, quick_training):
     changed = digits.images.clone()
     changed[7, 0, 3, 3] += 1
-    metrics.classifier_features(dataclasses.replace(digits, images=changed), path)
-    metrics.classifier_features(dataclasses.replace(digits, labels=digits.labels.flip(0)), path)
-    assert len(quick_training) == 3
+    metrics.classifier_features(digits, mine := tmp_path / "c.safetensors")
+    for path, data in (
+        (classifier_file, digits),  # its code is another now
+        (mine, dataclasses.replace(digits, images=changed)),
+        (mine, dataclasses.replace(digits, labels=digits.labels.flip(0))),
+    ):
+        with pytest.raises(UserError, match="made from other data or by other code"):
+            metrics.classifier_features(data, path)
+    assert len(quick_training) == 1
 
 
 def test_shifted_moves_images_whole_and_by_little():
@@ -484,7 +487,7 @@ def test_a_student_without_teacher_is_a_row_by_itself(files, classifier_file, ca
         assert run(**changes) == 0
         out = capsys.readouterr().out
         assert re.search(r"student +1 .*\ndata ", out) and "teacher" not in out
-        both, found = (json.loads(Path(f"{file}.json").read_text()) for file in ("both", name))
+        both, found = (json.loads(Path(f"{file}.json").read_text("utf-8")) for file in ("both", name))
         assert {*both} - {*found} == {"teacher"} and found["settings"]["sigma_init"] == more.get("sigma_init")
         for key in {*both["student"]} - {"seconds", "images_per_second"}:
             assert found["student"][key] == both["student"][key]
@@ -496,13 +499,13 @@ def test_fid_with_inception_and_reference(files, inception_file, digits, capsys)
     np.savez("ref.npz", mu=features.mean(0).numpy(), sigma=features.T.cov().numpy())
     assert run(inception=inception_file, trust=True, reference="ref.npz", out="a.json") == 0
     assert run(inception=inception_file, trust=True, out="b.json", batch=30) == 0
-    a, b = (json.loads(Path(name).read_text()) for name in ("a.json", "b.json"))
+    a, b = (json.loads(Path(name).read_text("utf-8")) for name in ("a.json", "b.json"))
     for name in ("student", "teacher"):
         assert a[name]["fd"] == pytest.approx(b[name]["fd"], rel=1e-4)
         assert a[name]["class_histogram"] == b[name]["class_histogram"]
     np.savez("ref.npz", mu=features.mean(0).numpy() + 1, sigma=features.T.cov().numpy())
     assert run(inception=inception_file, trust=True, reference="ref.npz", out="c.json") == 0
-    assert json.loads(Path("c.json").read_text())["student"]["fd"] != pytest.approx(
+    assert json.loads(Path("c.json").read_text("utf-8"))["student"]["fd"] != pytest.approx(
         a["student"]["fd"], rel=0.01
     )
 
@@ -590,7 +593,7 @@ def test_processes_give_the_numbers_of_one(files, classifier_file, processes, sa
             command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
-    one, many = (json.loads(Path(name).read_text()) for name in ("one.json", "many.json"))
+    one, many = (json.loads(Path(name).read_text("utf-8")) for name in ("one.json", "many.json"))
     assert many["run"]["processes"] == processes and one["run"]["processes"] == 1
     for name in ("student", "teacher", "data_floor"):
         for key in set(one[name]) - {"seconds", "images_per_second"}:

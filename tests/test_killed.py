@@ -79,7 +79,7 @@ def counted(run, out, at):
     os.dup2(said, 1), os.dup2(said, 2)
     sys.addaudithook(hook)
     code = run(out)
-    Path(out + ".events").write_text(str(len(seen)))
+    Path(out + ".events").write_text(str(len(seen)), encoding="utf-8")
     sys.stdout.flush()
     return code
 

@@ -584,6 +584,6 @@ def test_export_refuses(tmp_path, pipeline, monkeypatch):
     export("has no tokenizer, so is not a whole pipeline", teacher=pipeline / "transformer")
     export("s.safetensors: not a folder", teacher=student)
     export("no such file or folder", teacher=tmp_path / "nothing")
-    full = lambda *_: Path("/dev/full").write_text("x" * 10**6)
+    full = lambda *_: Path("/dev/full").write_text("x" * 10**6, encoding="utf-8")
     monkeypatch.setattr(PixArtTransformer2DModel, "save_pretrained", full)
     export("No space left", error=OSError)

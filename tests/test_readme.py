@@ -197,7 +197,7 @@ def table_rows(page, mark):
 def records(path):
     """A committed study.csv: numbers as numbers."""
     words = ("arm", "target", "status", "error")
-    with open(ROOT / path, newline="") as file:
+    with open(ROOT / path, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     return [{k: v if k in words else float(v or "nan") for k, v in row.items()} for row in rows]
 

@@ -149,7 +149,9 @@ def command(script, *words):
 def test_the_whole_path_at_full_width(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     teacher = make_wide_pipeline(tmp_path / "pipeline")
-    Path("captions.jsonl").write_text('{"text": "a red fox"}\n{"text": "%s"}\n' % ("a boat " * 200))
+    Path("captions.jsonl").write_text(
+        '{"text": "a red fox"}\n{"text": "%s"}\n' % ("a boat " * 200), encoding="utf-8"
+    )
     command("prompts.py", "encode captions.jsonl captions.safetensors --text-encoder pipeline")
     out, memory = command(
         "distill_pixart.py",

@@ -227,7 +227,7 @@ def files(tmp_path, monkeypatch):
     checkpoints.save("plain.safetensors", tiny(label_dim=0), sigma_init=2.5)
     checkpoints.save("colour.safetensors", tiny(img_channels=3), sigma_init=2.5)
     checkpoints.save("two.safetensors", tiny(img_channels=2), sigma_init=2.5)
-    Path("text.txt").write_text("no network")
+    Path("text.txt").write_text("no network", encoding="utf-8")
     Path("full").mkdir()
     Path("full/file").touch()
     Path("empty").mkdir()

@@ -121,7 +121,7 @@ def test_images_are_those_of_generator_and_pipeline(folder, here, capsys):
         r"teacher: \S+ s per image, 4 at a time, without text and VAE\n"
         r"the student is \S+ times as fast\nwrote 12 images to out\n", words)  # fmt: skip
     assert [
-        json.loads(line)["text"] for line in Path("out/prompts.jsonl").read_text().splitlines()
+        json.loads(line)["text"] for line in Path("out/prompts.jsonl").read_text("utf-8").splitlines()
     ] == PROMPTS
 
 
@@ -224,7 +224,7 @@ def test_a_prompt_too_long_is_cut_with_a_warning(folder, here, capsys):
 
 
 def test_the_same_prompt_twice_has_images_of_both(folder, here):
-    Path("p.txt").write_text("a fox\na fox\n")
+    Path("p.txt").write_text("a fox\na fox\n", encoding="utf-8")
     assert run(folder, prompts="p.txt", seeds="1") == 0
     assert sorted(pictures("out")) == ["0000-000001.png", "0001-000001.png"]
 

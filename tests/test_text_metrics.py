@@ -275,7 +275,7 @@ def test_numbers_are_those_of_the_images_of_sample_pixart(folder, here, clip, ca
     out, err = capsys.readouterr()
     assert re.search(r"\nstudent +\d.*\nteacher +\d.*\n\(5 prompts; .*\nwrote metrics.json\n", out)
     assert "warning" not in err and sorted(p.name for p in here.iterdir()) == ["metrics.json"]
-    numbers = json.loads(Path("metrics.json").read_text())
+    numbers = json.loads(Path("metrics.json").read_text("utf-8"))
     texts, network = clip.texts(PROMPTS), load_aesthetic(folder / "head.pth", WIDTH)
     for name, images in drawn_by_sample_pixart(folder, clip).items():
         row, score = numbers[name], clip_score(images, texts)
@@ -296,7 +296,7 @@ def test_first_prompts_without_aesthetic_with_the_teacher_named(folder, here, ca
     how = dict(aesthetic=None, student=folder / "alone.safetensors", samples=3)
     assert run(folder, teacher=folder / "teacher", **how) == 0
     assert run(folder, teacher=folder / "teacher", guidance=1.5, out="other.json", **how) == 0
-    one, other = (json.loads(Path(name).read_text()) for name in ("metrics.json", "other.json"))
+    one, other = (json.loads(Path(name).read_text("utf-8")) for name in ("metrics.json", "other.json"))
     assert set(one["teacher"]) == {"steps", "images", "clip_score", "clip_score_error", "images_per_second"}
     assert one["student"]["images"] == 3
     assert one["student"]["clip_score"] == other["student"]["clip_score"]
@@ -313,7 +313,7 @@ def test_a_student_of_others_takes_the_sigma_init_that_is_given(folder, here, ca
         assert (
             run(folder, student=folder / f"{name}.safetensors", out=f"{len(found)}.json", **more, **how) == 0
         )
-        found.append(json.loads(Path(f"{len(found)}.json").read_text())["student"]["clip_score"])
+        found.append(json.loads(Path(f"{len(found)}.json").read_text("utf-8"))["student"]["clip_score"])
     assert found[0] == found[1] != found[2]
 
 
@@ -327,13 +327,13 @@ def test_speed_is_of_all_calls_but_the_first(folder, here, monkeypatch):
     whole = evaluate.draw
     monkeypatch.setattr(evaluate, "draw", draw)
     assert run(folder) == 0
-    numbers = json.loads(Path("metrics.json").read_text())
+    numbers = json.loads(Path("metrics.json").read_text("utf-8"))
     assert numbers["student"]["images_per_second"] == pytest.approx(2 * 2 / 5)
     assert numbers["teacher"]["images_per_second"] == pytest.approx(2 * 2 / 8)
 
 
 def test_prompts_that_are_cut_are_warned_of(folder, here, capsys):
-    Path("long.txt").write_text("a red fox\n" + "the blue boat " * 10)
+    Path("long.txt").write_text("a red fox\n" + "the blue boat " * 10, encoding="utf-8")
     assert run(folder, prompts="long.txt") == 0
     assert f"warning: CLIP sees 1 prompts cut at {LONGEST} tokens\n" in capsys.readouterr().err
 
@@ -394,7 +394,7 @@ def test_processes_give_the_numbers_of_one(folder, here, processes):
         command = [sys.executable, *launcher, str(ROOT / "edm/evaluate.py"), *argv(folder, out=out)]
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    one, many = (json.loads(Path(name).read_text()) for name in ("one.json", "many.json"))
+    one, many = (json.loads(Path(name).read_text("utf-8")) for name in ("one.json", "many.json"))
     assert many["run"]["processes"] == processes and one["run"]["processes"] == 1
     for name in ("student", "teacher"):
         for key in set(one[name]) - {"images_per_second"}:

@@ -150,9 +150,12 @@ def run_one(cfg):
     """Train one run and record it: settings, status, and metrics and curves, or why it failed."""
     record = {"settings": settings(cfg)}
     try:
-        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # one progress bar is enough
+        with (
+            open(os.devnull, "w", encoding="utf-8") as nowhere,
+            redirect_stderr(nowhere),
+        ):  # one progress bar is enough
             metrics = train_2d.main(cfg, kept_teacher)
-        with open(Path(cfg.out) / "log.csv", newline="") as file:
+        with open(Path(cfg.out) / "log.csv", encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         log = {name: [float(row[name]) for row in rows] for name in CURVES}
         record |= {"status": metrics["status"], "metrics": metrics, "log": log}

@@ -13,6 +13,9 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+if sys.version_info < (3, 11):  # noqa: UP036, pip cannot say it
+    sys.exit(f"needs Python 3.11 or newer, and this is {platform.python_version()}")
+
 import filelock
 import torch
 
@@ -39,6 +42,8 @@ def replacing(path):
     path = Path(path)
     temporary = path.with_name("tmp-" + path.name)
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise FileExistsError(errno.EEXIST, "a device, or the like")
         remove(temporary)  # a killed process was writing it
         yield temporary
         if temporary.is_file():
@@ -89,8 +94,8 @@ def check_writable(path):
     """Raise UserError unless a file can be written there, with the folders it lacks.  Leaves nothing."""
     folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
     try:
-        if Path(path).is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if Path(path).exists() and not Path(path).is_file():  # a folder, a device
+            raise FileExistsError(errno.EEXIST, "there is something else of this name")
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:

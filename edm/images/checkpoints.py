@@ -5,6 +5,7 @@ and "about", whatever the writer noted.  `load` reads both kinds and tells them 
 A note sigma_init makes a denoiser a one-step generator, g(z) = D(sigma_init z; sigma_init).
 """
 
+import hashlib
 import json
 import math
 import pickle
@@ -29,8 +30,23 @@ def save(path, network, **about):
         temporary.touch()
         mode = temporary.stat().st_mode
         metadata = {"config": json.dumps(config), "about": json.dumps(about)}
+        metadata["digest"] = digest(*metadata.values(), weights)
         safetensors.torch.save_file(weights, temporary, metadata)
         temporary.chmod(mode)  # safetensors would leave it to its owner alone
+
+
+def digest(*parts):
+    """SHA-256 over strings, tensors with their shapes and types, and dictionaries of tensors."""
+    total = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, dict):
+            names = sorted(part)
+            total.update(digest(*names, *(part[name] for name in names)).encode())
+        else:
+            tensor = isinstance(part, torch.Tensor)
+            total.update((f"{part.dtype} {list(part.shape)}" if tensor else part).encode() + b"\0")
+            total.update(part.numpy().tobytes() if tensor else b"")
+    return total.hexdigest()
 
 
 def load(path, sigma_init=None):
@@ -80,6 +96,9 @@ def read_safetensors(path):
             raise UserError("a safetensors file, but not one of ours: no config and about in its metadata")
         # clone: the tensors are views of the mapped file, which somebody may yet change
         weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    found = digest(metadata["config"], metadata["about"], weights)
+    if metadata.get("digest", found) != found:
+        raise UserError("damaged: its digest is another than that of its contents")
     config, about = json.loads(metadata["config"]), json.loads(metadata["about"])
     if not isinstance(config, dict) or not isinstance(about, dict):
         raise UserError("config or about in its metadata is not a dictionary")

@@ -32,6 +32,7 @@ from torchmetrics.image.inception import InceptionScore
 
 from edm.config import LEAST_IMAGES
 from edm.device import Single, exact
+from edm.images.checkpoints import digest
 from edm.images.data import to_network
 from toy.files import UserError, check_writable, naming, replacing
 
@@ -149,16 +150,6 @@ def train_classifier(images, seed=0, batch_size=64, lr=4e-3):
     return net, torch.cat(hits).float().mean().item()
 
 
-def digest(*parts):
-    """SHA-256 over tensors, with shapes and types, and strings."""
-    total = hashlib.sha256()
-    for part in parts:
-        tensor = isinstance(part, torch.Tensor)
-        total.update((f"{part.dtype} {list(part.shape)}" if tensor else part).encode() + b"\0")
-        total.update(part.numpy().tobytes() if tensor else b"")
-    return total.hexdigest()
-
-
 def read_cache(path, origin):
     """State dict of a classifier.  ValueError or the like if the file is not what was written."""
     with safe_open(path, "pt") as file:
@@ -174,8 +165,8 @@ def read_cache(path, origin):
 def classifier_features(images, cache):
     """The classifier of edm.data.Images, read from the file `cache`, or trained and kept there.
 
-    The file knows the data and the code that it came from and its own digest: if anything differs
-    or is damaged, a line on stderr says so and training is done again.
+    The file knows the data and the code that it came from and its own digest.  UserError if anything
+    differs: what was not made here, from these data, is never written over.
     """
     with Single():
         net, cache = SmallClassifier(images), Path(cache)
@@ -186,7 +177,8 @@ def classifier_features(images, cache):
             net.load_state_dict(read_cache(cache, origin))
             return net.eval().requires_grad_(False)
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-            print(f"{cache}: {str(error)[:100]}; training the classifier again", file=sys.stderr)
+            words = f"no classifier of {images.name} ({str(error)[:100]}), and not overwritten"
+            raise UserError(f"{cache}: {words}: remove it, or name another --classifier") from None
     check_writable(cache)  # before the work, not after
     net, accuracy = train_classifier(images)
     print(f"trained a classifier of {images.name}: {accuracy:.1%} right on a held-out tenth", file=sys.stderr)
