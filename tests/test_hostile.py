@@ -4,22 +4,31 @@ import gzip
 import json
 import os
 import pickle
+import random
 import resource
+import shutil
 import signal
 import struct
+import tempfile
+import time
 import zipfile
 import zlib
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
-from diffusers import PixArtTransformer2DModel  # noqa: F401  here, as importing it takes seconds
+from diffusers import PixArtTransformer2DModel
 
 from edm.images import checkpoints
 from edm.images.data import load_images
+from edm.images.networks import EDMPrecond
+from edm.images.safe_pickle import METERED
 from edm.preference_study import read_answers, read_key
 from edm.quality.metrics import load_statistics
 from edm.text.pixart_files import load_transformer
 from edm.text.prompts import CaptionFile, read_prompts
+from tests.test_data import pixels, python_batch
 from toy.files import UserError
 
 SECONDS, MEGABYTES = 5, 2000
@@ -291,3 +300,108 @@ def test_prompts(tmp_path):
     with open(tmp_path / "sparse.txt", "wb") as file:
         file.truncate(2**40)
     refused(read_prompts, tmp_path / "sparse.txt", "line 1: a binary file")
+
+
+# ----------------------------------------------------------------------------------------------
+# Many files at random: seconds, memory and what is said of each.
+
+
+def seeds_of(folder):
+    """{kind: (bytes, name of the file, how it is read)} of small good files."""
+    images = {f"a/{i}.png": black(8) for i in range(3)}
+    labels = json.dumps({"labels": [[f"{i}.png", i] for i in range(3)]}).encode()
+    write_zip_of(folder / "set.zip", images | {"a/dataset.json": labels})
+    weights = {f"layers.{i}.weight": torch.ones(3, 4) for i in range(3)} | {"big": 2**70, "o": [{1, 2}]}
+    torch.save(weights, folder / "new.pth")
+    torch.save({"state_dict": weights}, folder / "old.pth", _use_new_zipfile_serialization=False)
+    network = EDMPrecond(**EDM | dict(num_blocks=1, attn_resolutions=[]))
+    checkpoints.save(folder / "ours.safetensors", network, sigma_init=2.5, teacher="a")
+    transformer = PixArtTransformer2DModel(**PIXART | dict(num_layers=1, norm_num_groups=1))
+    checkpoints.save(folder / "text.safetensors", transformer, sigma_init=2.5)
+    write_zip_of(folder / "a.npz", {"mu.npy": npy((8,), 64), "sigma.npy": npy((8, 8), 512)})
+    (folder / "test_batch").write_bytes(python_batch(pixels(2, 3, 32, 32), [1, 2]))
+    (folder / "study.json").write_text(json.dumps({"study": "s", "a": "x", "b": "y", "pairs": [
+        {"a": "0", "b": "1", "prompt": "p"}]}))  # fmt: skip
+    for name, text in (
+        ("a.txt", "a red fox\n"),
+        ("a.csv", 'n,text\n1,"a ""b"" c"\n'),
+        ("a.jsonl", '{"text": "a"}\n'),
+    ):
+        (folder / name).write_text(2 * text)
+    readers = dict.fromkeys(("a.txt", "a.csv", "a.jsonl"), read_prompts) | {
+        "set.zip": load_images, "new.pth": load_transformer, "old.pth": load_transformer,
+        "ours.safetensors": checkpoints.load, "text.safetensors": load_transformer, "study.json": read_key,
+        "a.npz": lambda path: load_statistics(path, 8),
+        "test_batch": lambda path: load_images(path.parent, train=False),
+    }  # fmt: skip
+    reference = Path(__file__).parents[1] / "shared/reference/edm/tiny_cond_vp.pkl"
+    if reference.exists():
+        (folder / reference.name).write_bytes(reference.read_bytes())
+        readers[reference.name] = checkpoints.load
+    return {name: ((folder / name).read_bytes(), read) for name, read in readers.items()}
+
+
+OPCODES = [code for code in METERED if code != pickle.STOP[0]]
+
+
+def mutated(content, others, rng):
+    """Bytes changed to such as matter somewhere, parts cut, repeated, moved, or of another file."""
+    out = bytearray(content)
+    for _ in range(rng.choice((1, 1, 2, 4, 16))):
+        at = rng.randrange(len(out) + 1) if rng.random() < 0.5 else rng.randrange(min(len(out), 200) + 1)
+        length = rng.choice((1, 1, 2, 4, 8, 50))
+        kind = rng.randrange(6)
+        if kind == 0:
+            out[at : at + 1] = bytes([rng.randrange(256)])
+        elif kind == 1:
+            out[at : at + length] = rng.choice((b"\xff", b"\0", b"\x7f", b"9", b"[", b"\x80")) * length
+        elif kind == 2:
+            out[at:at] = bytes(out[at : at + length]) * rng.choice((1, 3, 60, 3000))
+        elif kind == 3:
+            out[at:at] = bytes(rng.choices(OPCODES, k=length)) * rng.choice((1, 60, 3000))
+        elif kind == 4:
+            del out[at : at + length]
+        else:
+            other = rng.choice(others)
+            start = rng.randrange(len(other) + 1)
+            out[at : at + length] = other[start : start + 8 * length]
+    return bytes(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(12))
+def test_files_at_random(tmp_path, seed, capsys):
+    """1,000 files a seed, in processes of 100 with 5 s and 2 GB each: none hangs, grows, or raises."""
+    good, rng = seeds_of(tmp_path), random.Random(seed)
+    told = Counter()
+
+    def read_many(path):
+        for _ in range(100):
+            name = rng.choice(list(good))
+            content, read = good[name]
+            (path / name).write_bytes(mutated(content, [c for c, _ in good.values()], rng))
+            start = time.process_time()
+            try:
+                read(path / name)
+            except UserError as error:
+                said = str(error)
+                assert said.startswith(str(path)) and said.isprintable() and len(said) < 500, (name, said)
+                told["refused"] += 1
+            took = time.process_time() - start
+            assert took < SECONDS, (name, took, shutil.copy(path / name, tempfile.gettempdir()))
+            told["tried"] += 1
+        raise UserError(json.dumps(told))
+
+    total, most = Counter(), 0
+    for part in range(10):
+        rng.seed(1000 * seed + part)
+        said, megabytes = outcome(read_many, tmp_path, seconds=100)
+        assert not said.startswith("TRACEBACK"), said
+        total += Counter(json.loads(said))
+        most = max(most, megabytes)
+    with capsys.disabled():
+        print(
+            f"\nseed {seed}: {total['tried']} files, {total['refused']} refused, at most {most:.0f} MB",
+            end="",
+        )
+    assert most < MEGABYTES and total["tried"] == 1000

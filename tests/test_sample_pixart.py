@@ -17,6 +17,7 @@ from test_pixart_files import make_pipeline, tiny
 
 from edm import sample_pixart
 from edm.config import command_line
+from edm.images import foreign
 from edm.images.checkpoints import save
 from edm.images.data import to_uint8
 from edm.images.networks import Generator
@@ -106,6 +107,7 @@ def assert_close(a, b):
 
 
 def test_images_are_those_of_generator_and_pipeline(folder, here, capsys):
+    foreign.tell.cache_clear()
     assert run(folder, teacher=True, steps=4, batch=4) == 0
     found = pictures("out")
     assert len(found) == 12
@@ -117,6 +119,7 @@ def test_images_are_those_of_generator_and_pipeline(folder, here, capsys):
             assert_close(many, by_hand(folder, prompt, seed, folder / "teacher", 4))
     words = capsys.readouterr().out
     assert re.fullmatch(
+        r"\S+/student.safetensors: the teacher that it notes is \S+/teacher\n"
         r"student: \S+ s per image, 4 at a time, without text and VAE\n"
         r"teacher: \S+ s per image, 4 at a time, without text and VAE\n"
         r"the student is \S+ times as fast\nwrote 12 images to out\n", words)  # fmt: skip

@@ -206,7 +206,8 @@ def load_zip(path, resolution):
     with naming(path):
         archive = zipfile.ZipFile(path)
     with archive:  # if a size is a lie, zipfile refuses it
-        sizes = {member.filename: member.file_size for member in archive.infolist() if not member.is_dir()}
+        sizes = {member.filename: member.file_size for member in archive.infolist()}
+        sizes = {name: size for name, size in sizes.items() if not name.endswith("/")}
         return load_pngs(path, visible(path, sizes), path.stat().st_size, archive.read, resolution)
 
 

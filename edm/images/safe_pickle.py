@@ -94,7 +94,7 @@ class InertUnpickler(pickle._Unpickler):
 
     def find_class(self, module, name):
         if (module, name) not in self.table:
-            raise UserError(f"it asks for {module}.{name}, which is not allowed")
+            raise UserError(f"it asks for {f'{module}.{name}'[:100]}, which is not allowed")
         return self.table[module, name]
 
     def persistent_load(self, pid):
