@@ -6,14 +6,12 @@ import hashlib
 import json
 import math
 import os
-import random
 import re
 import resource
 import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -889,56 +887,6 @@ def test_the_command_on_an_augmented_teacher(teacher, folder, tmp_path):
     one, *others = (end - flat(checkpoints.load(path)[0].without_augmentation()) for end in ends)
     assert 5e-4 < one.abs().max() < 1e-2  # three steps of Adam
     assert all(relative(other, one) < limit for other, limit in zip(others, (0.01, 0.1)))
-
-
-KILLED = """
-import os, signal
-at, replace, calls = int(sys.argv[2]), os.replace, []
-def dying(*names):  # the moments in which a file takes its name
-    calls.append(names)
-    if len(calls) == at:
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(*names)
-os.replace = dying
-t.shrink()
-print("ready", flush=True)
-t.judge.classifier_features = lambda data, cache: t.Pixels()
-sys.exit(t.run("--resume", out=sys.argv[1], teacher=None, data="digits", steps=12, evaluate_every=16))
-"""
-
-
-@pytest.mark.slow
-def test_killed_at_any_instant_and_resumed_ends_in_the_same_bits(tmp_path):
-    path, rng, killed = script(tmp_path / "killed.py", KILLED), random.Random(0), []
-
-    def start(out, at=0):
-        words = [sys.executable, path, out, str(at)]
-        process = subprocess.Popen(words, cwd=tmp_path, stdout=-1, stderr=-1, text=True)
-        assert process.stdout.readline() == "ready\n", process.communicate()[1]
-        return process
-
-    whole, began = start("whole"), time.time()
-    assert "finished after 12 steps" in whole.communicate(timeout=300)[0]
-    lasts = time.time() - began
-    for attempt in range(20):
-        process = start("broken", at=rng.randint(1, 9) if attempt % 3 < 2 else 0)
-        if attempt % 3 == 2:  # any other instant
-            time.sleep(rng.uniform(0, lasts / 3))
-            process.kill()
-        err = process.communicate(timeout=300)[1]
-        assert process.returncode in (0, -signal.SIGKILL), err
-        if process.returncode == 0:
-            break
-        killed.append((tmp_path / "broken/teacher/teacher.safetensors").exists())
-    process = start("broken")  # to the end, or once more
-    err = process.communicate(timeout=300)[1]
-    assert process.returncode == 0, err
-    assert len(killed) >= 4 and not killed[0] and killed[-1]  # during both trainings
-    assert same(record(tmp_path / "broken"), record(tmp_path / "whole"))
-    teachers = [tmp_path / name / "teacher/teacher.safetensors" for name in ("broken", "whole")]
-    assert torch.equal(*(flat(checkpoints.load(file)[0]) for file in teachers))
-    assert same_best(tmp_path / "broken", tmp_path / "whole")
-    assert not [*tmp_path.rglob("tmp-*")]
 
 
 @pytest.mark.slow

@@ -6,12 +6,10 @@ import gc
 import json
 import math
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -519,59 +517,11 @@ def test_two_processes_compute_what_one_does_whole_or_sharded(pipeline, here, fa
         assert relative(mine[0], its[0]) < 1e-3
 
 
-KILLED = """
-import os, signal
-at, replace, calls = int(sys.argv[2]), os.replace, []
-def dying(*names):  # the moments in which a file takes its name
-    calls.append(names)
-    if len(calls) == at:
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(*names)
-os.replace = dying
-t.quick()
-t.shrink()
-print("ready", flush=True)
-sys.exit(t.run("--resume", out=sys.argv[1], teacher=None, steps=8))
-"""
-
-
 def shrink():
     """A small teacher, trained briefly."""
     digits.TRANSFORMER = SMALL
     TEACHERS["pixart-digits"] = dict(steps=4, batch=8, lr=1e-3, every=16, vae_steps=2)
     captions.compare = lambda *given: {}
-
-
-@pytest.mark.slow
-def test_killed_at_any_instant_and_resumed_ends_in_the_same_bits(tmp_path):
-    (tmp_path / "killed.py").write_text(START + KILLED)
-    rng, killed = random.Random(0), []
-
-    def start(out, at=0):
-        words = [sys.executable, str(tmp_path / "killed.py"), out, str(at)]
-        process = subprocess.Popen(words, cwd=tmp_path, stdout=-1, stderr=-1, text=True)
-        assert process.stdout.readline() == "ready\n", process.communicate()[1]
-        return process
-
-    whole, began = start("whole"), time.time()
-    out, err = whole.communicate(timeout=300)
-    assert "finished after 8 steps" in out, err
-    lasts = time.time() - began
-    for attempt in range(20):
-        process = start("broken", at=rng.randint(7, 11) if attempt % 3 < 2 else 0)
-        if attempt % 3 == 2:  # any other instant
-            time.sleep(rng.uniform(0, lasts / 3))
-            process.kill()
-        err = process.communicate(timeout=300)[1]
-        assert process.returncode in (0, -signal.SIGKILL), err
-        if process.returncode == 0:
-            break
-        killed.append((tmp_path / "broken/teacher/pipeline").exists())
-    assert len(killed) >= 3 and not killed[0] and killed[-1]  # during both trainings
-    assert same(record(tmp_path / "broken"), record(tmp_path / "whole"))
-    teachers = [tmp_path / name / "teacher/pipeline" for name in ("broken", "whole")]
-    assert torch.equal(*(flat(pixart_files.load_transformer(path)[0]) for path in teachers))
-    assert not [*tmp_path.rglob("tmp-*")]
 
 
 @pytest.mark.slow
