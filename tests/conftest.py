@@ -12,7 +12,7 @@ IMAGE_TESTS = [
     for name in (
         *("checkpoints", "data", "distill", "evaluate", "networks", "preference_study", "sample", "pth"),
         *("pixart", "pixart_files", "prompts", "released_text", "sample_pixart", "distill_pixart"),
-        *("text_metrics", "steps_images", "released", "device", "shared_forward", "default_dtype"),
+        *("text_metrics", "steps_images", "released", "device", "shared_forward", "default_dtype", "hostile"),
     )
 ]
 collect_ignore = [] if all(map(find_spec, NEEDED)) else IMAGE_TESTS
