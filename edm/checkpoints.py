@@ -63,8 +63,12 @@ def main(argv=None):
     added.add_argument("output", type=Path, help="file to write; must not exist yet")
     added.add_argument("--sigma-init", type=float, within="positive", metavar="SIGMA",
                        help=f"to be noted: {SIGMA_INIT}")  # fmt: skip
-    args = parser.parse_args(argv)
-    return command.run(lambda: args.run(args))
+
+    def work():
+        args = parser.parse_args(argv)
+        args.run(args)
+
+    return command.run(work)
 
 
 if __name__ == "__main__":

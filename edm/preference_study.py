@@ -241,8 +241,12 @@ def main(argv=None):
     add("answers", type=Path, nargs="+", help="files that participants sent")
     add("--out", type=Path, metavar="FILE.csv", help="write the table here too")
     add("--figure", type=Path, metavar="FILE.png", help="draw it")
-    args = parser.parse_args(argv)
-    return command.run(lambda: {"build": build, "tally": tally}[args.command](args))
+
+    def work():
+        args = parser.parse_args(argv)
+        {"build": build, "tally": tally}[args.command](args)
+
+    return command.run(work)
 
 
 if __name__ == "__main__":

@@ -152,9 +152,9 @@ def main(argv=None):
     add("--text-encoder", required=True, metavar="PIPELINE", help="folder or hub name, diffusers' layout")
     add("--dtype", choices=DTYPES, default="bf16", help="of the encoder and the file (default %(default)s)")
     add("--batch", type=int, within="many", default=64, help="prompts at a time (default %(default)s)")
-    args = parser.parse_args(argv)
 
     def work():
+        args = parser.parse_args(argv)
         with growing(args.output) as file:
             args.run(args, file)
         print(f"wrote {args.output}")

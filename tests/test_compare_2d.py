@@ -198,9 +198,9 @@ def test_the_arms_of_figure_2_exist():
 @pytest.mark.parametrize("words, message", [
     ("--arms l3", "invalid choice: 'l3'"),
     ("--targets moon", "invalid choice: 'moon'"),
-    ("--seeds 0", "--seeds must be from 1"),
+    ("--seeds 0", "--seeds must be at least 1"),
     ("--steps 0", "steps must be at least 1"),
-    ("--jobs=-1", "--jobs must be from 0"),
+    ("--jobs=-1", "--jobs must be 0 or more"),
     ("--jobs 0", "nothing is recorded"),
 ])  # fmt: skip
 def test_wrong_inputs_are_one_line(words, message, tmp_path, capsys):

@@ -139,9 +139,9 @@ def test_medians_are_of_the_last_scores_and_curves_of_all():
 
 @pytest.mark.parametrize("words, message", [
     ("--arms ddim", "invalid choice: 'ddim'"),
-    ("--seeds 0", "--seeds must be from 1"),
-    ("--jobs=-1", "--jobs must be from 0"),
-    ("--samples 4", "--samples must be from 5"),
+    ("--seeds 0", "--seeds must be at least 1"),
+    ("--jobs=-1", "--jobs must be 0 or more"),
+    ("--samples 4", "--samples must be at least 5"),
     ("--steps 0", "--steps must be at least 1"),
     ("--teacher-steps 0", "--teacher-steps must be at least 1"),
     ("--jobs 0", "nothing is recorded"),

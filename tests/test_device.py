@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -78,7 +79,12 @@ def audit(monkeypatch):
     monkeypatch.setattr(device, "WITHOUT_FLOAT64", {"meta"})
     monkeypatch.setattr(torch, "autocast", lambda *how, **more: contextlib.nullcontext())
     monkeypatch.setattr(torch.optim, "Adam", lambda *given, fused, **more: Adam(*given, **more))
-    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "meta")
+
+    def on_meta(**how):
+        monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "meta")
+        return Accelerator(**how)
+
+    monkeypatch.setattr("edm.training.trainee.Accelerator", on_meta)
     for module in ("edm.algorithm2", "edm.training.denoising"):
         monkeypatch.setattr(f"{module}.generator_of", lambda *numbers: torch.Generator().manual_seed(0))
     draw = lambda name: lambda n, generator=None, dtype=None: name(n, device="meta", dtype=dtype)

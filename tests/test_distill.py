@@ -480,7 +480,8 @@ def test_an_augmented_teacher_distils_as_without_its_layer(precision, here, caps
         monkeypatch.setattr(
             "edm.training.loop.agree", lambda *_, left=left, steps=steps: steps == 2 and next(left)
         )
-        assert run("--resume", teacher=name, out=tmp_path / name, precision=precision) == 0
+        code = run("--resume", teacher=name, out=tmp_path / name, precision=precision)
+        assert code == (130 if steps == 2 else 0)
     printed, warned = capsys.readouterr()
     assert warned.count("on this CPU bf16 is slower than float32") == 3 * (precision == "bf16")
     words = (
@@ -714,7 +715,7 @@ WRONG = {  # words on the command line -> in the message
     "--data few": "few: 4 images, but an evaluation needs at least 5",
     "--data mute": "mute: has no labels, which the classifier of an evaluation needs",
     "--data mute --teacher=": "mute: 0 classes, but the network takes 10",
-    "--samples 4 --data digits": "--samples must be from 5 to 1,000,000, got 4",
+    "--samples 4 --data digits": "--samples must be at least 5, got 4",
     "--evaluate-every 8": "--evaluate-every needs --data",
     "--device mps": "--device mps: no MPS device here",
     "--device meta": "invalid choice: 'meta'",
@@ -726,8 +727,8 @@ WRONG = {  # words on the command line -> in the message
     "--lr=-1": "--lr must be positive, got -1.0",
     "--fake-lr nan": "--fake-lr must be positive, got nan",
     "--steps 0": "--steps must be at least 1, got 0",
-    "--batch=-8": "--batch must be from 1 to 1,000,000, got -8",
-    "--seed=-1": "--seed must be from 0 to 2^63 - 9, got -1",
+    "--batch=-8": "--batch must be at least 1, got -8",
+    "--seed=-1": "--seed must be 0 or more, got -1",
     "--alpha nan": "--alpha must be a finite number, got nan",
     "--beta1 1": "--beta1 must be in [0, 1), got 1.0",
     "--steps many": "invalid int value: 'many'",

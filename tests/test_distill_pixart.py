@@ -423,7 +423,7 @@ WRONG = {  # words on the command line -> in the message
     "--teacher= --prompts none.txt": "none.txt: No such file",  # before a teacher is trained
     "--teacher= --captions none.safetensors": "none.safetensors: No such file",
     "--teacher= --transformer pipeline/prompts.txt": "pipeline/prompts.txt: ",
-    "--samples 4": "--samples must be from 5 to 1,000,000, got 4",
+    "--samples 4": "--samples must be at least 5, got 4",
     "--preset pixart-512 --teacher=": "preset pixart-512 needs --teacher",
     "--preset imagenet": "invalid choice: 'imagenet'",
     "--sharding fsdp": "--sharding fsdp is for several processes",

@@ -577,7 +577,7 @@ def test_export_refuses(tmp_path, pipeline, monkeypatch):
 
     for sigma_init in (None, -1, "2.5", float("nan"), True):
         save(student, tiny(), sigma_init=sigma_init)
-        export("s.safetensors: not a student: its notes have sigma_init=")
+        export("s.safetensors: its notes have sigma_init=")
     save(student, tiny(caption_channels=16), sigma_init=2.5)
     export("its captions are 32 wide, the student's 16")
     save(student, tiny(), sigma_init=2.5)

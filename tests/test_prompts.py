@@ -1,6 +1,7 @@
 """Prompts: what each kind of file gives, the text encoder and its file, and runs that are killed."""
 
 import csv
+import fcntl
 import io
 import json
 import os
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from edm import prompts as module
 from edm.text.prompts import CaptionFile, TextEncoder, digest, encode_by_index, pad, read_prompts
-from toy.files import UserError, lock
+from toy.files import UserError
 
 SCRIPT = str(Path(module.__file__))
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -462,14 +463,14 @@ def test_faulty_encodings_are_refused(pipeline, files, tmp_path, monkeypatch, ca
     assert out.read_text() == "precious" and not Path(f"{out}.part").exists()
     out.unlink()
     refuses("No such file", tmp_path / "none.txt", out, *how)
-    refuses("--batch must be from 1 to 1,000,000, got 0", prompts, out, *how, "--batch", 0)
+    refuses("--batch must be at least 1, got 0", prompts, out, *how, "--batch", 0)
     refuses("No such file", prompts, tmp_path / "none" / "c.safetensors", *how)
     write(part := Path(f"{out}.part"), files["bf16"].read_bytes()[:-9])
     refuses("begun from other prompts, encoder or --dtype", prompts, out, *how, "--dtype", "fp32")
     assert part.read_bytes() == files["bf16"].read_bytes()[:-9]
-    held = lock(Path(f"{part}.lock"))  # ours must be the only one
-    refuses("in use by another process", prompts, out, *how)
-    held.release()
+    with open(f"{part}.lock", "wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)  # ours must be the only one
+        refuses("in use by another process", prompts, out, *how)
     part.unlink()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
     refuses(r"needs 4\.\d+e-06 GB, but 1e-06 GB are free", prompts, out, *how)

@@ -352,7 +352,7 @@ def test_a_file_that_names_its_kind_is_no_matter_for_doubt(files, capsys):
 
 WRONG = {  # what is changed -> what is said
     "seed": (dict(seeds="0-3,x"), "--seeds: 'x' is neither a seed nor a range"),
-    "no seed": (dict(seeds=""), "--seeds: '' is neither"),
+    "no seed": (dict(seeds=""), "--seeds is empty"),
     "negative": (dict(seeds="0--3"), "--seeds: '0--3' is neither"),
     "other digits": (dict(seeds="٣"), "--seeds: '٣' is neither"),
     "empty range": (dict(seeds="5-4"), "--seeds: the range 5-4 is empty"),
@@ -401,7 +401,8 @@ def test_no_gpu(files, capsys):
 
 
 def test_several_processes_want_a_folder(files, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "2")
     assert run() == 2 and "out.npz: 2 processes write into a folder only" in capsys.readouterr().err
 
 

@@ -290,7 +290,8 @@ def test_wrong_inputs_end_with_code_2_and_one_line(folder, here, capsys, case):
 
 
 def test_several_processes_are_refused(folder, here, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "6")
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "6")
     assert run(folder) == 2 and not [*here.iterdir()]
     assert "6 processes would draw the same images" in capsys.readouterr().err
 

@@ -176,7 +176,7 @@ BAD = [
     (["--nonsense"], "nonsense"),
     (["--method", "density", "--weighting", "sid"], "density"),
     (["--method", "diff_instruct", "--space", "score"], "--space denoised"),
-    (["--seed", str(2**64)], "seed must be from 0"),
+    (["--seed", str(2**64)], "seed must be at most 9,223"),
     (["--alpha", "nan"], "alpha must be a finite number"),
     (["--out", ""], "out is empty"),
 ]

@@ -15,7 +15,7 @@ from toy.files import UserError
 
 
 class Range(NamedTuple):
-    """Where a number may lie, and the words for it."""
+    """Where a number may lie, and the words for one that is too low; else it is "at most ..."."""
 
     low: float
     high: float
@@ -30,9 +30,9 @@ class Range(NamedTuple):
 RANGES = {
     "count": Range(1, math.inf, "at least 1"),
     "some": Range(0, math.inf, "0 or more"),
-    "many": Range(1, 10**6, "from 1 to 1,000,000"),  # of what is held in memory at once
-    "threads": Range(0, 1024, "from 0 to 1,024"),
-    "seed": Range(0, 2**63 - 9, "from 0 to 2^63 - 9"),  # what torch takes, and those beside it
+    "many": Range(1, 10**6, "at least 1"),  # of what is held in memory at once
+    "threads": Range(0, 1024, "0 or more"),
+    "seed": Range(0, 2**63 - 9, "0 or more"),  # what torch takes, and those beside it
     "positive": Range(0, math.inf, "positive", "low high"),
     "share": Range(0, 1, "in [0, 1]"),
     "below one": Range(0, 1, "in [0, 1)", "high"),
@@ -40,7 +40,7 @@ RANGES = {
 
 
 def at_least(low):
-    return RANGES["many"]._replace(low=low, words=f"from {low} to 1,000,000")
+    return RANGES["many"]._replace(low=low, words=f"at least {low}")
 
 
 def option(default, help, choices=None, **more):
@@ -58,7 +58,8 @@ def refuse(flag, values, within=None):
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{flag} must be {within.words if within else 'a finite number'}, got {value}")
         if within and value is not None and value not in within:
-            raise UserError(f"{flag} must be {within.words}, got {value}")
+            words = f"at most {within.high:,}" if value > within.high else within.words
+            raise UserError(f"{flag} must be {words}, got {value}")
 
 
 def flag_of(name):
@@ -93,10 +94,7 @@ class Parser(argparse.ArgumentParser):
         for action, within in self.within.items():
             value = getattr(found, action.dest, None)
             if not (value == "" == action.const):  # an option without its value
-                try:
-                    refuse((action.option_strings or [action.dest])[-1], value, within)
-                except UserError as error:
-                    self.error(str(error))
+                refuse((action.option_strings or [action.dest])[-1], value, within)
         return found, rest
 
     def error(self, message):
