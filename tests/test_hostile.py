@@ -374,7 +374,7 @@ def mutated(content, others, rng):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_files_at_random(tmp_path, seed, capsys):
     """1,000 files a seed, in processes of 100 with 5 s and 2 GB each: none hangs, grows, or raises."""
     good, rng = seeds_of(tmp_path), random.Random(seed)

@@ -79,7 +79,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description=None, **more):
         self.within = {}
         for stream in (sys.stdout, sys.stderr):
-            stream.reconfigure(errors="replace")  # not every terminal has every letter
+            if hasattr(stream, "reconfigure"):  # a notebook's has not
+                stream.reconfigure(errors="replace")  # not every terminal has every letter
         super().__init__(
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **more
         )
