@@ -367,6 +367,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     for file in filter(None, (args.out / "verify_identity.png", args.json)):
         check_writable(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
     if args.json and args.json.exists() and '"full_gradient"' not in args.json.read_text("utf-8", "replace"):
         raise UserError(f"{args.json}: exists already, and is no report of this command; choose another name")
     return args

@@ -70,22 +70,13 @@ def parse_args(argv=None):
         help="of %(choices)s (default: all); -w is with w_SiD")  # fmt: skip
     add("--seeds", type=int, within="many", default=3, help="how many: 0 to SEEDS - 1 (default %(default)s)")
     add("--steps", type=int, within="count", default=300, help="of every distillation (default %(default)s)")
-    add(
-        "--teacher-steps",
-        type=int,
-        within="count",
-        default=1000,
-        help="of every teacher (default %(default)s)",
+    teachers, behind = (
+        f"{what} (default %(default)s)" for what in ("of every teacher", "behind every score")
     )
-    add(
-        "--samples",
-        type=int,
-        within=command.at_least(LEAST_IMAGES),
-        default=1797,
-        help="behind every score (default %(default)s, as many as data)",
-    )
-    add("--jobs", type=int, within="threads", default=os.cpu_count(),
-        help="worker processes of one thread each; 0: only report (default: as many as cores)")  # fmt: skip
+    add("--teacher-steps", type=int, within="count", default=1000, help=teachers)
+    add("--samples", type=int, within=command.at_least(LEAST_IMAGES), default=1797, help=behind)
+    workers = "worker processes of one thread each; 0: only report (default: as many as cores)"
+    add("--jobs", type=int, within="threads", default=os.cpu_count(), help=workers)
     add("--out", default="out/edm/study", help="folder of the study (default %(default)s)")
     return parser.parse_args(argv)
 
@@ -199,17 +190,13 @@ def quietly(work, *args):
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    try:
-        with (
-            open(os.devnull, "w", encoding="utf-8") as nowhere,
-            redirect_stderr(nowhere),
-            redirect_stdout(nowhere),
-        ):
+    def silent():
+        nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, as long as the process
+        with redirect_stderr(nowhere), redirect_stdout(nowhere):
             work(*args)
-    except (UserError, OSError) as error:
-        print(f"compare_digits.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    sys.exit(command.run(silent))
 
 
 def in_a_process(*work):

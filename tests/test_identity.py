@@ -12,7 +12,7 @@ import verify_identity as verify
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("verify")
+    folder = tmp_path_factory.mktemp("verify") / "not/there/yet"
     assert verify.main(["--quick", "--json", str(folder / "v.json"), "--out", str(folder)]) == 0
     assert (folder / "verify_identity.png").stat().st_size > 10_000
     return json.loads((folder / "v.json").read_text())

@@ -16,7 +16,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 EVENTS = {"open", "fsync", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
-EVERY = {"plane": 20, "images": 85, "text": 69}  # of which events one is tried: with 1, minutes
+EVERY = {"plane": 10, "images": 31, "text": 31}  # of which events one is tried: with 1, minutes
 
 
 def plane():

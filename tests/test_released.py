@@ -23,8 +23,11 @@ from tests.snapshots import write_snapshot
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT.parent / "shared" / "reference" / "edm"
-SIZES = {  # edm-cifar10-32x32-NAME.pkl: classes, architecture, entries, parameters; the one with most parts
-    "cond-ve": (10, "ncsnpp", 434, 56_400_643)
+SIZES = {  # name -> classes, architecture, entries, parameters of edm-cifar10-32x32-NAME.pkl
+    "uncond-vp": (0, "ddpmpp", 425, 55_733_891),
+    "cond-vp": (10, "ddpmpp", 427, 55_735_299),
+    "uncond-ve": (0, "ncsnpp", 432, 56_397_827),
+    "cond-ve": (10, "ncsnpp", 434, 56_400_643),
 }
 
 
@@ -55,8 +58,24 @@ def data(tmp_path_factory):
     return folder
 
 
+DISTILL = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from functools import partial
+from edm import distill
+from edm.training import plots
+distill.fixed_latents = partial(distill.fixed_latents, rows=1)  # pictures of 80 images take minutes
+plots.PANEL_SIGMAS = plots.PANEL_SIGMAS[:1]
+given = distill.main, distill.Distillation, "", None, distill.DISTILLATIONS
+sys.exit(distill.command_line(*given))
+"""
+
+
 def command(script, *words, cwd):
-    words = [sys.executable, str(ROOT / "edm" / script), *map(str, words)]
+    words = [
+        sys.executable,
+        *([script] if script == "-c" else [str(ROOT / "edm" / script)]),
+        *map(str, words),
+    ]
     done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -72,7 +91,7 @@ def test_a_released_teacher_becomes_a_generator_images_and_a_table(name, data, t
         words = (
             f"--preset cifar10-{name[:-3]} --precision {precision} --device cpu --steps 1 --batch 2".split()
         )
-        out = command("distill.py", *words, "--teacher", path, "--out", run, cwd=tmp_path)
+        out = command("-c", DISTILL, *words, "--teacher", path, "--out", run, cwd=tmp_path)
         assert "finished after 1 steps" in out and "own network counts" not in out
 
         (teacher, _), (student, _) = map(checkpoints.load, (path, run / "generator.safetensors"))

@@ -398,4 +398,5 @@ def test_processes_give_the_numbers_of_one(folder, here, processes):
     assert many["run"]["processes"] == processes and one["run"]["processes"] == 1
     for name in ("student", "teacher"):
         for key in set(one[name]) - {"images_per_second"}:
-            assert many[name][key] == pytest.approx(one[name][key], rel=1e-5), (name, key)
+            score = abs(one[name][key.removesuffix("_error")])  # by whose rounding its error moves
+            assert many[name][key] == pytest.approx(one[name][key], rel=0, abs=1e-6 * score), (name, key)

@@ -94,15 +94,10 @@ def parse_args(argv=None):
     add("--targets", nargs="+", default=["ring", "grid", "letters"], choices=TARGETS, metavar="TARGET",
         help="of %(choices)s (default: ring grid letters)")  # fmt: skip
     add("--seeds", type=int, within="many", default=3, help="how many: 0 to SEEDS - 1 (default %(default)s)")
-    add(
-        "--steps",
-        type=int,
-        within="count",
-        default=1500,
-        help="generator updates of every run (default %(default)s)",
-    )
-    add("--jobs", type=int, within="threads", default=os.cpu_count(),
-        help="worker processes of one thread each; 0: only report (default: as many as cores)")  # fmt: skip
+    updates = "generator updates of every run (default %(default)s)"
+    add("--steps", type=int, within="count", default=1500, help=updates)
+    workers = "worker processes of one thread each; 0: only report (default: as many as cores)"
+    add("--jobs", type=int, within="threads", default=os.cpu_count(), help=workers)
     add("--out", default="out/toy/study", help="folder of the study (default %(default)s)")
     if parser.parse_known_args(argv)[0].quick:
         parser.set_defaults(**QUICK)
@@ -150,10 +145,8 @@ def run_one(cfg):
     """Train one run and record it: settings, status, and metrics and curves, or why it failed."""
     record = {"settings": settings(cfg)}
     try:
-        with (
-            open(os.devnull, "w", encoding="utf-8") as nowhere,
-            redirect_stderr(nowhere),
-        ):  # one progress bar is enough
+        # One progress bar is enough.
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stderr(nowhere):
             metrics = train_2d.main(cfg, kept_teacher)
         with open(Path(cfg.out) / "log.csv", encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
