@@ -8,6 +8,7 @@ import torch
 
 import sim_core as sim
 import verify_identity as verify
+from toy.test_bed import noise_grid
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def test_bad_arguments(tmp_path, capsys):
 
 
 def test_noise_grid_integrates_moments():
-    points, weight = verify.noise_grid(60, 2)
+    points, weight = noise_grid(60, 2)
     assert weight.sum().item() == pytest.approx(1, abs=1e-14)
     assert (weight @ points.square()).tolist() == pytest.approx([1, 1], abs=1e-13)
     assert (weight @ points.prod(1)).abs() < 1e-14 and points.dtype == torch.float64

@@ -35,7 +35,7 @@ def rank(name):
     if name == ("sim_core",):
         return 0
     if name[0] != "edm":
-        return 1 if name[0] == "toy" else 2  # verify_identity uses toy's mixtures
+        return 1 if name[0] == "toy" else 2  # verify_identity uses the test bed of toy
     if len(name) == 3:
         return len(BESIDE) + 2 + ROOMS.index(name[1])
     return BESIDE.index(name[1]) + 2 if name[1] in BESIDE else 20 + (name[1] != "algorithm2")
