@@ -125,7 +125,6 @@ class Power(Distance):
 @dataclass(frozen=True)
 class Exp(Distance):
     """d = exp(beta |y|^alpha) - 1,  d' = alpha beta exp(beta |y|^alpha) y^(alpha-1), |y|^alpha as in `Power`.
-
     Table 4 forgets beta in d'.  Nothing is clipped: past exp(88), exp(709) in float64, d' is inf, or NaN."""
 
     alpha: int = 2
@@ -159,7 +158,6 @@ class Huber(Distance):
 @dataclass(frozen=True)
 class PseudoHuber(Distance):
     """d = sqrt(||y||^2 + c^2) - c,  d' = y / sqrt(||y||^2 + c^2).  (Table 4's factors 2 are spurious.)
-
     The paper's choice: ||d'|| < 1, so that no sample outweighs the others.  At ||y|| = c, d turns linear."""
 
     c: float = 0.1
@@ -373,8 +371,9 @@ def sid_weight(x0: Tensor, teacher: Tensor, sigma: Tensor, power=4) -> Tensor:
     return _expand(sigma, error) ** power / error
 
 
-WEIGHTINGS = {  # of a loss on a triple in a space; sid: as (B.11) for squared L2, whatever the space
+WEIGHTINGS = {  # of a loss on a triple in a space; noise, sid: for squared L2 as 1 on noises, as (B.11)
     "one": lambda triple, sigma, space, sigma_data: 1.0,
+    "noise": lambda triple, sigma, space, sigma_data: _wide(sigma) ** (2 * SPACES[space] - 2),
     "edm": lambda triple, sigma, space, sigma_data: edm_weight(sigma, sigma_data),
     "sid": lambda triple, sigma, space, sigma_data: sid_weight(triple[2], triple[1], sigma, SPACES[space]),
 }

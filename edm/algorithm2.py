@@ -8,6 +8,7 @@ import torch
 import sim_core as sim
 from edm.config import surrogate
 from edm.training.trainee import Batches, MovingAverage, Trainee, generator_of, schedule, shard
+from toy.command import sigma_sampler
 
 SIGMA_BINS = (0.2, 1.0, 4.0)  # edges of the bins of the log, in units of sigma_data
 
@@ -37,7 +38,8 @@ class Distiller:
 
     def weight(self, weighting, sigma, triple=None):
         """Of either loss, by name; w_SiD, theta's, needs what the networks say."""
-        return sim.WEIGHTINGS[weighting](triple, sigma, self.cfg.space, self.sigma_data)
+        space = "denoised" if triple is None else self.cfg.space  # psi's loss is of denoised images
+        return sim.WEIGHTINGS[weighting](triple, sigma, space, self.sigma_data)
 
     # What text-to-image does otherwise.
 
@@ -51,8 +53,9 @@ class Distiller:
 
     # Algorithm 2.
 
-    def draw_sigma(self, distribution, rng):
-        return sim.SIGMA_DISTRIBUTIONS[distribution](self.cfg.batch, generator=rng, dtype=torch.float32)
+    def draw_sigma(self, which, rng):
+        draw = sigma_sampler(self.cfg, sim.SIGMA_DISTRIBUTIONS, which)
+        return draw(self.cfg.batch, generator=rng, dtype=torch.float32)
 
     def draw(self, *numbers):
         """Latents, conditions, and both updates' noise levels and noise, as lists of micro-batches."""
@@ -61,9 +64,9 @@ class Distiller:
         normal = partial(torch.randn, n, *self.shape, generator=rng, **how)
         parts = dict(
             z=normal(),
-            fake_sigma=self.draw_sigma(self.cfg.fake_sigma_distribution, rng),
+            fake_sigma=self.draw_sigma("fake_", rng),
             fake_noise=normal(),
-            sigma=self.draw_sigma(self.cfg.sigma_distribution, rng),
+            sigma=self.draw_sigma("", rng),
             noise=normal(),
         )
         levels = torch.cat([parts["fake_sigma"], parts["sigma"]])  # of all processes

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import sim_core as sim
-from toy.command import Parser, add_options, at_least, check_ranges, option, run
+from toy.command import Parser, add_options, at_least, check_ranges, option, run, sigma_sampler
 from toy.files import UserError
 
 # ----------------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ TEXT_PRESETS = {  # name -> the training of its teacher, the distillation
         teacher=None,
         distill=dict(steps=16_000, batch=1024, micro_batch=32, lr=5e-6, fake_lr=5e-6, beta1=0.0, beta2=0.999,
                      sigma_init=2.5, sigma_distribution="pixart", fake_sigma_distribution="pixart",
-                     weighting="one", fake_weighting="one", c=2.4, guidance=4.5, precision="bf16",
+                     weighting="one", fake_weighting="noise", c=2.4, guidance=4.5, precision="bf16",
                      checkpointing=True, warmup=0, ema_halflife=500_000, every=100_000),
     ),
 }  # fmt: skip
@@ -155,9 +155,14 @@ class Algorithm2(Training):
     beta: float = option(None, "scale of exp")
     space: str = option("denoised", "what the distance compares", sim.SPACES)
     sigma_distribution: str = option("edm", "noise levels of the generator's update", sim.SIGMA_DISTRIBUTIONS)
+    sigma_mean: float = option(None, "instead of a name: ln sigma ~ N(this, --sigma-std^2)")
+    sigma_std: float = option(None, "the standard deviation of ln sigma", within="some")
     weighting: str = option("one", "weight over sigma of the generator's loss", sim.WEIGHTINGS)
     fake_sigma_distribution: str = option("edm", "noise levels of the online update", sim.SIGMA_DISTRIBUTIONS)
-    fake_weighting: str = option("edm", "weight over sigma of the online loss", ("one", "edm"))
+    fake_sigma_mean: float = option(None, "instead of a name: ln sigma ~ N(this, --fake-sigma-std^2)")
+    fake_sigma_std: float = option(None, "the standard deviation of ln sigma", within="some")
+    fake_weighting: str = option("edm", "weight over sigma of the online loss: of denoised images (one), "
+                                 "of the noise, or lambda_EDM", ("one", "noise", "edm"))  # fmt: skip
     fake_lr: float = option(2e-3, "learning rate of the online network", within="positive")
     fake_updates: int = option(1, "online updates per generator update", within="count")
     warmup: int = option(0, "first steps, in which only the online network learns", within="some")
@@ -230,6 +235,8 @@ def check(cfg):
     """Refuse impossible settings, each by its name.  Raises UserError."""
     check_ranges(cfg)
     if isinstance(cfg, Algorithm2):
+        for which in ("", "fake_"):
+            sigma_sampler(cfg, sim.SIGMA_DISTRIBUTIONS, which)
         try:
             surrogate(cfg)
         except ValueError as error:

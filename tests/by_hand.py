@@ -13,9 +13,16 @@ def draw_sigma(name, n, rng):
     if name == "karras":
         low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
         return (high + (1 - 0.8 * torch.rand(n, generator=rng)) * (low - high)) ** 7
-    mean, std = {"edm": (-1.2, 1.2), "sim": (-3.5, 2.5), "pixart": (-2.0, 2.0)}[name]
+    named = {"edm": (-1.2, 1.2), "sim": (-3.5, 2.5), "pixart": (-2.0, 2.0)}
+    mean, std = named[name] if isinstance(name, str) else name
     sigma = (mean + std * torch.randn(n, generator=rng)).exp()
     return sigma.clamp(0.01, 156.6155) if name == "pixart" else sigma
+
+
+def levels(cfg, which=""):
+    """A name, or mean and std where both are given."""
+    mean, std = getattr(cfg, f"{which}sigma_mean"), getattr(cfg, f"{which}sigma_std")
+    return getattr(cfg, f"{which}sigma_distribution") if None in (mean, std) else (mean, std)
 
 
 def slope(cfg, y):
@@ -55,7 +62,12 @@ def generator_loss(cfg, teacher, fake, x0, sigma, noise, data_std):
     loss = loss.flatten(1).sum(1)
     loss = loss + height(cfg, y) if cfg.method == "full" else loss
     error = (x0 - d_teacher).detach().abs().flatten(1).mean(1)
-    weight = {"one": 1.0, "edm": edm_weight(sigma, data_std), "sid": unit.flatten() ** 2 / error}
+    weight = {
+        "one": 1.0,
+        "noise": unit.flatten() ** 2 / sigma**2,
+        "edm": edm_weight(sigma, data_std),
+        "sid": unit.flatten() ** 2 / error,
+    }
     return weight[cfg.weighting] * loss
 
 

@@ -307,10 +307,12 @@ def test_weights_and_weightings():
     plain = loss()
     assert torch.equal(loss(weight=3.0), 3 * plain) and torch.equal(loss(weight=sigma), sigma * plain)
     mean_error = (x0 - networks[0](sim.add_noise(x0, sigma, noise), sigma)).abs().mean(1)
-    for space in sim.SPACES:  # w_SiD weights squared L2 alike in all
+    noises = sim.predictions(*networks, x0, sigma, noise, "noise")
+    for space in sim.SPACES:  # w_SiD and the noise's weight squared L2 alike in all
         triple = sim.predictions(*networks, x0, sigma, noise, space)
         weight = {name: of(triple, sigma, space, 0.8) for name, of in sim.WEIGHTINGS.items()}
         assert (weight["sid"] * loss(space) - plain / mean_error).abs().max() < 1e-10
+        assert (weight["noise"] * loss(space) - sim.sim_loss(*noises, "l2")).abs().max() < 1e-10
         assert weight["one"] == 1 and torch.equal(weight["edm"], sim.edm_weight(sigma, 0.8))
         assert not weight["sid"].requires_grad
 

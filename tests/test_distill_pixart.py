@@ -142,7 +142,8 @@ def noise_of(net, xt, level, cond):
                            encoder_attention_mask=cond["mask"]).sample[:, :4]  # fmt: skip
 
 
-CHOICES = [dict(), dict(guidance=3.0), dict(fake_guidance=2.0), dict(fake_weighting="edm")]
+CHOICES = [dict(), dict(guidance=3.0), dict(fake_guidance=2.0)]
+CHOICES += [dict(fake_weighting=name) for name in ("edm", "noise")]
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
@@ -163,7 +164,8 @@ def test_gradients_of_a_step_are_those_of_algorithm_2(pipeline, choice):
         shown = {k: swap(cond[k], padded[k]) for k in cond}
     xt = still + s * draw["fake_noise"]
     error = xt - s * noise_of(fresh.fake.network, xt, s, shown) - still
-    weight = (s**2 + 1) / s**2 if choice.get("fake_weighting", "one") == "edm" else 1  # sigma_data 1
+    weights = {"one": 1, "noise": s**-2, "edm": (s**2 + 1) / s**2}  # sigma_data 1
+    weight = weights[choice.get("fake_weighting", "one")]
     loss = (weight * error**2).sum() / 8
     assert relative(task.gradients["fake"], gradient(loss, fresh.fake.network)) < 1e-6
 
@@ -230,10 +232,10 @@ def test_captions_are_those_of_the_prompts(pipeline):
 
 
 def test_b3():
-    """4 GPUs that accumulate 8 times make a batch of 1024."""
+    """4 GPUs that accumulate 8 times make a batch of 1024; weight 1 is PixArt's own, on noise."""
     paper = dict(batch=1024, micro_batch=1024 / 4 / 8, steps=16_000, lr=5e-6, fake_lr=5e-6, beta1=0.0)
     paper |= dict(beta2=0.999, sigma_init=2.5, precision="bf16", checkpointing=True, weighting="one")
-    paper |= dict(fake_weighting="one", sigma_distribution="pixart", fake_sigma_distribution="pixart")
+    paper |= dict(fake_weighting="noise", sigma_distribution="pixart", fake_sigma_distribution="pixart")
     cfg = TextDistillation(preset="pixart-512", **TEXT_PRESETS["pixart-512"]["distill"])
     assert {k: getattr(cfg, k) for k in paper} == paper and cfg.lr_end == 1 and cfg.fake_updates == 1
     drawn = sim.SIGMA_DISTRIBUTIONS["pixart"].keywords

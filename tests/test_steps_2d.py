@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests import by_hand
-from tests.by_hand import Learner, flat, follow, generator_loss, relative
+from tests.by_hand import Learner, flat, follow, generator_loss, levels, relative
 from toy import logbook, train_2d
 from toy.config import MACHINE, Config, resolve
 from toy.folder import Folder
@@ -29,6 +29,8 @@ OPTIONS = [  # each case is about its last option, and the first ones see the mo
     MANY, {}, VP, dict(fake="exact"), dict(teacher="exact"), *(dict(method=name) for name in METHODS[1:]),
     dict(method="sid", alpha=0.5), dict(distance="huber", delta=0.05), dict(distance="power", alpha=6),
     dict(distance="exp", beta=2.0), dict(c=0.7), dict(space="score"), dict(weighting="sid"),
+    dict(sigma_mean=-2.0, sigma_std=0.5), dict(sigma_std=0.5, sigma_mean=-2.0), dict(weighting="noise"),
+    dict(fake_sigma_mean=0.5, fake_sigma_std=0.7), dict(fake_sigma_std=0.7, fake_sigma_mean=0.5),
     dict(sigma_distribution="vp"), dict(fake="exact", bank=8), dict(target="grid"), dict(seed=3),
     dict(distance="l2"), dict(distance="power"), dict(distance="exp"), dict(distance="l1"),
     dict(distance="huber"), dict(distance="exp", alpha=4), dict(space="noise"),
@@ -119,7 +121,7 @@ def run_by_hand(cfg):
 
     def psi_learns(step):
         x0 = g(theta, normal()).detach()
-        sigma, noise = draw_sigma(cfg.fake_sigma_distribution, cfg.batch, rng), normal()
+        sigma, noise = draw_sigma(levels(cfg, "fake_"), cfg.batch, rng), normal()
         of_psi.learn(denoising_loss(cfg, psi, x0, sigma, noise), cfg.fake_lr * share(step))
 
     exact = cfg.fake == "exact"
@@ -131,7 +133,7 @@ def run_by_hand(cfg):
         points = g(theta, bank).detach()
         fake = exact_denoiser(points, torch.zeros(len(bank))) if exact else psi
         z = bank[torch.randint(len(bank), (cfg.batch,), generator=rng)] if exact else normal()
-        sigma, noise = draw_sigma(cfg.sigma_distribution, cfg.batch, rng), normal()
+        sigma, noise = draw_sigma(levels(cfg), cfg.batch, rng), normal()
         losses = generator_loss(cfg, judge, fake, g(theta, z), sigma, noise, target.data_std())
         of_theta.learn(losses, cfg.lr * share(step))
         follow(average, theta, ramp(cfg.ema, step))
@@ -159,7 +161,7 @@ def test_the_teacher_is_its_steps_by_hand(options):
     network = plain_network(cfg)
     start, average, learner = flat(network), copy.deepcopy(network), Learner(network, 0.9, 0.99)
     for step in range(75):
-        x0, sigma = target.sample(16, rng), draw_sigma(cfg.fake_sigma_distribution, 16, rng)
+        x0, sigma = target.sample(16, rng), draw_sigma(levels(cfg, "fake_"), 16, rng)
         losses = denoising_loss(cfg, network, x0, sigma, torch.randn(16, 2, generator=rng))
         learner.learn(losses, 5e-3 * cosine(step, 75))
         follow(average, network, ramp(1 - 1 / (0.02 * 75), step))

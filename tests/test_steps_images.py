@@ -23,6 +23,7 @@ from tests.by_hand import (
     flat,
     follow,
     generator_loss,
+    levels,
     relative,
 )
 
@@ -39,7 +40,11 @@ MANY = dict(seed=3, steps=4, batch=6, lr=3e-3, lr_rampup=10, lr_end=0.1, beta1=0
 OPTIONS = [  # each case is about its last option, and the first ones see the most
     MANY, {}, *(dict(method=name) for name in METHODS[1:]), dict(method="sid", alpha=0.5),
     dict(distance="huber", delta=0.05), dict(distance="power", alpha=6), dict(distance="exp", beta=0.003),
-    dict(weighting="sid"), dict(fake_weighting="one"), dict(ema_rampup=0.3), dict(warmup=2),
+    dict(weighting="sid"), dict(fake_weighting="one"), dict(fake_weighting="noise"),
+    dict(weighting="noise"), dict(space="score", weighting="noise"),
+    dict(sigma_mean=-2.0, sigma_std=0.5), dict(sigma_std=0.5, sigma_mean=-2.0),
+    dict(fake_sigma_mean=0.5, fake_sigma_std=0.7), dict(fake_sigma_std=0.7, fake_sigma_mean=0.5),
+    dict(ema_rampup=0.3), dict(warmup=2),
     dict(lr_rampup=10), dict(seed=3), dict(steps=4), dict(batch=6), dict(lr=3e-3), dict(fake_lr=5e-3),
     dict(lr_end=0.1), dict(beta1=0.8), dict(beta2=0.9), dict(ema_halflife=12), dict(distance="l2"),
     dict(distance="power"), dict(beta=0.003, distance="exp"), dict(distance="l1"), dict(distance="huber"),
@@ -116,8 +121,8 @@ def run_by_hand(cfg, label_dim=10):
     def draw(*which):
         rng = generator_of(cfg.seed, *which)
         normal = lambda: torch.randn(cfg.batch, *teacher.shape, generator=rng).double()
-        z, of_psi = normal(), (draw_sigma(cfg.fake_sigma_distribution, cfg.batch, rng), normal())
-        of_theta = draw_sigma(cfg.sigma_distribution, cfg.batch, rng), normal()
+        z, of_psi = normal(), (draw_sigma(levels(cfg, "fake_"), cfg.batch, rng), normal())
+        of_theta = draw_sigma(levels(cfg), cfg.batch, rng), normal()
         labels = torch.eye(10)[torch.randint(10, (cfg.batch,), generator=rng)] if label_dim else None
         told = lambda net: lambda x, sigma: net(x, sigma.double(), labels)
         g = lambda: told(theta)(cfg.sigma_init * z, torch.full((cfg.batch,), cfg.sigma_init))
@@ -126,7 +131,8 @@ def run_by_hand(cfg, label_dim=10):
     for n in range(cfg.steps):
         for update in range(cfg.fake_updates):
             (sigma, noise), _, told, g = drawn = draw(n, update)
-            weight = edm_weight(sigma, DATA_STD) if cfg.fake_weighting == "edm" else 1.0
+            weights = {"one": 1.0, "noise": sigma**-2.0, "edm": edm_weight(sigma, DATA_STD)}
+            weight = weights[cfg.fake_weighting]
             of_psi.learn(denoising_loss(told(psi), g(), sigma, noise, weight), rate(cfg, cfg.fake_lr, n))
         numbers.append(dict(fake_loss=of_psi.loss, fake_gradient=of_psi.gradient))
         if n < cfg.warmup:

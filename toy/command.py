@@ -7,10 +7,12 @@ import os
 import signal
 import sys
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
+import sim_core as sim
 from toy.files import UserError
 
 
@@ -71,6 +73,15 @@ def check_ranges(cfg):
     for f in dataclasses.fields(cfg):
         if not f.metadata.get("const") == getattr(cfg, f.name) == "":  # an option without its value
             refuse(flag_of(f.name), getattr(cfg, f.name), f.metadata.get("within"))
+
+
+def sigma_sampler(cfg, named, which=""):
+    """draw(n, ...) of noise levels: those of `named` that --[fake-]sigma-distribution says, or in their place
+    the log-normal of --[fake-]sigma-mean and -std.  which: "" or "fake_".  UserError for half of it."""
+    name, mean, std = (getattr(cfg, f"{which}sigma_{part}") for part in ("distribution", "mean", "std"))
+    if (mean is None) != (std is None):
+        raise UserError(f"{flag_of(which)}sigma-mean and {flag_of(which)}sigma-std go together")
+    return named[name] if mean is None else partial(sim.lognormal_sigma, mean=mean, std=std)
 
 
 class Parser(argparse.ArgumentParser):

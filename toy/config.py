@@ -7,11 +7,12 @@ from functools import partial
 import torch
 
 import sim_core as sim
-from toy.command import Parser, add_options, at_least, check_ranges, option
+from toy.command import Parser, add_options, at_least, check_ranges, option, sigma_sampler
 from toy.files import UserError
 from toy.mixtures import TARGETS
+from toy.networks import vp_sigma
 
-SIGMAS = (*sim.SIGMA_DISTRIBUTIONS, "vp")
+SIGMAS = sim.SIGMA_DISTRIBUTIONS | {"vp": vp_sigma}
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Config:
     beta: float = option(None, "scale of exp")
     space: str = option("denoised", "what the distance compares", sim.SPACES)
     sigma_distribution: str = option("edm", "noise levels of the generator's update", SIGMAS)
+    sigma_mean: float = option(None, "instead of a name: ln sigma ~ N(this, --sigma-std^2)")
+    sigma_std: float = option(None, "the standard deviation of ln sigma", within="some")
     weighting: str = option("one", "weight over sigma of the generator's loss", sim.WEIGHTINGS)
     # the other two networks
     teacher: str = option("learned", "exact: the target's closed form (all still start from a learned one)",
@@ -40,6 +43,8 @@ class Config:
                        ("learned", "exact"))  # fmt: skip
     bank: int = option(1024, "latents of --fake exact", within="many")
     fake_sigma_distribution: str = option("edm", "noise levels of the online update", SIGMAS)
+    fake_sigma_mean: float = option(None, "instead of a name: ln sigma ~ N(this, --fake-sigma-std^2)")
+    fake_sigma_std: float = option(None, "the standard deviation of ln sigma", within="some")
     fake_updates: int = option(1, "online updates per generator update", within="count")
     warmup: int = option(200, "online updates before the first generator update", within="some")
     # optimisation
@@ -135,6 +140,8 @@ def check(cfg):
     check_ranges(cfg)
     if cfg.method == "density" and cfg.weighting != "one":
         raise UserError("--method density takes no --weighting")
+    for which in ("", "fake_"):
+        sigma_sampler(cfg, SIGMAS, which)
     try:
         surrogate(cfg)
     except ValueError as error:

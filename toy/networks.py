@@ -79,10 +79,10 @@ def vp_sigmas():
     return ((1 - abar) / abar).sqrt().float()
 
 
-def vp_sigma(n, *, generator=None):
+def vp_sigma(n, *, generator=None, dtype=torch.float32):
     """n draws of sigma_t with t uniform on 1..T-1 (Listing 1)."""
     device = generator.device if generator else None
-    return vp_sigmas().to(device)[torch.randint(1, VP_STEPS, (n,), generator=generator, device=device)]
+    return vp_sigmas().to(device, dtype)[torch.randint(1, VP_STEPS, (n,), generator=generator, device=device)]
 
 
 def vp_weight(sigma):

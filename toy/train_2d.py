@@ -28,20 +28,19 @@ from tqdm import tqdm
 
 import sim_core as sim
 from toy import command
-from toy.config import check, parse_args, resolve, settings, surrogate
+from toy.config import SIGMAS, check, parse_args, resolve, settings, surrogate
 from toy.files import UserError
 from toy.folder import Folder
 from toy.logbook import Diverged, Log, finish
 from toy.metrics import sample_law
 from toy.mixtures import make_target
-from toy.networks import Denoiser, Generator, VPDenoiser, mlp, vp_sigma, vp_weight
+from toy.networks import Denoiser, Generator, VPDenoiser, mlp, vp_weight
 
 LOGS = 40  # rows of the log and frames of the movie, denser at first, when most happens
 
 
-def sigma_sampler(name, rng):
-    draw = vp_sigma if name == "vp" else partial(sim.SIGMA_DISTRIBUTIONS[name], dtype=torch.float32)
-    return partial(draw, generator=rng)
+def sigma_sampler(cfg, rng, which=""):
+    return partial(command.sigma_sampler(cfg, SIGMAS, which), generator=rng, dtype=torch.float32)
 
 
 def optimiser_and_schedule(network, lr, steps, betas, schedule="cosine"):
@@ -80,7 +79,7 @@ def train_teacher(cfg, target, rng, batch=1024, lr=5e-3):
     network = make_denoiser(cfg, target)
     ema = moving_average(network, 1 - 1 / max(1, 0.02 * cfg.teacher_steps))
     optimiser, schedule = optimiser_and_schedule(network, lr, cfg.teacher_steps, (0.9, 0.99))
-    draw_sigma = sigma_sampler(cfg.fake_sigma_distribution, rng)
+    draw_sigma = sigma_sampler(cfg, rng, "fake_")
     weight = score_matching_weight(cfg, target)
     for _ in tqdm(range(cfg.teacher_steps), desc="teacher", unit="step", mininterval=0.5):
         x0, sigma = target.sample(batch, rng), draw_sigma(batch)
@@ -128,8 +127,7 @@ class Run:
 def distill(cfg, run, target, teacher, log, stop):
     """Alternate the two updates until cfg.steps or a signal in `stop`; log(run, losses) now and then."""
     rng, batch = run.rng, cfg.batch
-    draw_sigma = sigma_sampler(cfg.sigma_distribution, rng)
-    draw_fake_sigma = sigma_sampler(cfg.fake_sigma_distribution, rng)
+    draw_sigma, draw_fake_sigma = sigma_sampler(cfg, rng), sigma_sampler(cfg, rng, "fake_")
     fake_weight, sigma_data = score_matching_weight(cfg, target), target.data_std()
     loss_of, weight, learned = surrogate(cfg), sim.WEIGHTINGS[cfg.weighting], cfg.fake == "learned"
 
