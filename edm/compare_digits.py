@@ -1,84 +1,124 @@
-"""Figure 2's comparison on real images, small enough for a CPU: SIM and SiD, two noise levels, w_SiD or not.
+"""Studies on digits, small enough for a CPU: arms that differ in what they name, on several seeds.
 
-    python edm/compare_digits.py                                   # 13 arms, 3 seeds; 11 take 40 minutes
+    python edm/compare_digits.py                                   # Figure 2: SIM and SiD, levels, w_SiD
     python edm/compare_digits.py --arms default bf16 --steps 760   # these arms, as long as the preset takes
+    python edm/compare_digits.py --task text --arms b3 --steps 900 # B.3's levels, and weight 1 of which loss
+    python edm/compare_digits.py --task text --arms levels         # means and widths of log-normal levels
+    python edm/compare_digits.py --arms start                      # sigma_init
     python edm/compare_digits.py --jobs 0                          # train nothing, report on what there is
 
-An arm is the digits preset of distill.py, shorter, with the settings that it names and no others: no
-learning rate is tuned for it.  All arms of a seed start from one teacher, and see the same latents.  The
-score is the Fréchet distance of the moving average's one-step samples in the features of evaluate.py's
-classifier, at a few instants of the training.  A study that was stopped, or killed, goes on where it was.
+An arm is the digits preset of distill.py or, with captions, of distill_pixart.py, shorter, with the settings
+that it names and no others: no learning rate is tuned for it.  All arms of a seed start from one teacher, and
+see the same latents.  Scores are of the moving average's one-step samples, at a few instants of the training:
+the Frechet distance in the features of a classifier of the data, precision, recall, brightness, with captions
+how many are read, and how much pictures of fixed latents changed since the score before.  A study that was
+stopped, or killed, goes on where it was.
 """
 
 import json
-import multiprocessing
 import os
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
+import numpy as np
 from accelerate import PartialState
-from tqdm import tqdm
 
-from edm import distill, evaluate, train_teacher
+from edm import evaluate, train_teacher
 from edm.config import (
     DISTILLATIONS,
     LEAST_IMAGES,
     TEACHERS,
+    TEXT_DISTILLATIONS,
     Distillation,
     TeacherTraining,
+    TextDistillation,
     check,
     fitting,
     settings,
 )
-from edm.images import checkpoints
-from edm.images.data import load_images
-from edm.images.sampler import fixed_latents, heun
+from edm.distill import Images
+from edm.distill_pixart import Prompts
+from edm.images.data import load_images, to_uint8
+from edm.images.sampler import heun
+from edm.quality.arms import ARMS, GROUPS, PANELS
+from edm.quality.captions import by_teacher
 from edm.quality.judge import Judge
 from edm.quality.study_report import SCORES, figure_of, final, table
-from edm.training import plots
 from edm.training.loop import Diverged, train
 from edm.training.run import Run
 from edm.training.trainee import make_accelerator
+from edm.training.workers import work_off
 from toy import command
 from toy.files import UserError, lock, replacing, versions, write_json, write_rows
 
-METHODS = {"sim": {}, "sid": dict(method="sid")}  # SiD with its alpha of 1.2
-FIGURE2 = {  # title of the panel -> its arms
-    title: {
-        f"{method}-{levels}{mark}": METHODS[method] | dict(sigma_distribution=sigma) | weighting
-        for method in METHODS
-        for mark, weighting in (("", {}), ("-w", dict(weighting="sid")))
-    }
-    for levels, sigma, title in (("lognormal", "sim", "log-normal levels (B.10)"),
-                                 ("karras", "karras", "Karras' levels (SiD)"))
-}  # fmt: skip
-ARMS = {arm: changes for arms in FIGURE2.values() for arm, changes in arms.items()}
-ARMS |= {"default": {}, "bf16": dict(precision="bf16"), "no-share": dict(share=False)}
-ARMS |= {"full": dict(method="full"), "full-l2": dict(method="full", distance="l2")}
 LOOKS = 6  # scores of a run
+
+# ------------------------------------------------------------------------------------------------
+# What differs from one task to the other.
+
+
+def study_of(cfg):
+    return Path(cfg.out).parents[1]
+
+
+class ImageTask(Images):
+    """judge(task) -> score("student" or "teacher", network); floor: what two halves of the data have."""
+
+    cls, presets, preset, steps, out = Distillation, DISTILLATIONS, "digits", 300, "out/edm/study"
+    ten, sample = slice(10), staticmethod(heun)  # of the pictures, one per class; of the teacher
+
+    def judge(self, task):
+        kept = dict(classifier=str(study_of(self.cfg) / "classifier.safetensors"), samples=self.cfg.samples)
+        cfg = evaluate.filled(evaluate.Settings(data="digits", **kept))
+        judge = Judge(cfg, load_images("digits"), PartialState())
+        self.floor = judge.floor()["fd"]
+
+        def score(who, network):
+            if who == "student":
+                return judge(who, network.denoiser, {"sigma_init": network.sigma_init})
+            return judge(who, network, {})
+
+        return score
+
+
+class TextTask(Prompts):
+    cls, presets, preset = TextDistillation, TEXT_DISTILLATIONS, "pixart-digits"
+    steps, out = 400, "out/edm/study-text"
+    ten = slice(None, None, 4)  # of four wordings each
+
+    @staticmethod
+    def sample(network, z, **caption):
+        return by_teacher(network)(z, **caption)
+
+    def judge(self, task):
+        reader = self.reader(task.shape, study_of(self.cfg) / "classifier.safetensors")
+        self.floor = reader.floor
+        return lambda who, network: reader(network if who == "student" else by_teacher(network))
+
+
+TASKS = {"image": ImageTask, "text": TextTask}
 
 
 def parse_args(argv=None):
     parser = command.Parser(__doc__)
     add = parser.add_argument
-    add("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM",
-        help="of %(choices)s (default: all); -w is with w_SiD")  # fmt: skip
-    add("--seeds", type=int, within="many", default=3, help="how many: 0 to SEEDS - 1 (default %(default)s)")
-    add("--steps", type=int, within="count", default=300, help="of every distillation (default %(default)s)")
-    teachers, behind = (
-        f"{what} (default %(default)s)" for what in ("of every teacher", "behind every score")
-    )
-    add("--teacher-steps", type=int, within="count", default=1000, help=teachers)
+    add("--task", choices=TASKS, default="image", help="digits, or digits with captions (default image)")
+    add("--arms", nargs="+", default=["figure2"], choices=[*GROUPS, *ARMS], metavar="ARM",
+        help=f"groups, {', '.join(GROUPS)}, or arms of edm/quality/arms.py (default figure2)")  # fmt: skip
+    add("--seeds", type=int, within="many", default=3, help="how many, from 0 on (default %(default)s)")
+    add("--steps", type=int, within="count", help="of every distillation (default 300; text: 400)")
+    add("--teacher-steps", type=int, within="count", help="of every teacher (default: the preset's)")
+    behind = "behind every score (default %(default)s)"
     add("--samples", type=int, within=command.at_least(LEAST_IMAGES), default=1797, help=behind)
     workers = "worker processes of one thread each; 0: only report (default: as many as cores)"
     add("--jobs", type=int, within="threads", default=os.cpu_count(), help=workers)
-    add("--out", default="out/edm/study", help="folder of the study (default %(default)s)")
-    return parser.parse_args(argv)
+    add("--out", help="folder of the study (default out/edm/study; text: out/edm/study-text)")
+    args = parser.parse_args(argv)
+    args.steps, args.out = args.steps or TASKS[args.task].steps, args.out or TASKS[args.task].out
+    args.arms = list(dict.fromkeys(arm for name in args.arms for arm in GROUPS.get(name, [name])))
+    return args
 
 
 # ------------------------------------------------------------------------------------------------
@@ -86,20 +126,20 @@ def parse_args(argv=None):
 
 
 def plan(args):
-    """{(arm, seed): Distillation} and {seed: TeacherTraining}.  UserError for what no run can have."""
-    out, common = Path(args.out), dict(threads=1, resume=True, keep=1)
-    teacher, student = TEACHERS["digits"], DISTILLATIONS["digits"]
-    teachers, students = {}, {}
+    """{(arm, seed): settings}, {seed: TeacherTraining}.  UserError for what no run can have."""
+    out, task, common = Path(args.out), TASKS[args.task], dict(threads=1, resume=True, keep=1)
+    preset, teachers, students = task.preset, {}, {}
     for seed in range(args.seeds):
-        given = teacher | common | dict(seed=seed, steps=args.teacher_steps)
+        given = TEACHERS[preset] | common | dict(preset=preset, seed=seed)
+        given |= dict(steps=args.teacher_steps) if args.teacher_steps else {}
         teachers[seed] = TeacherTraining(**given, out=str(out / f"teacher-{seed}"))
         check(teachers[seed])
-        for arm in dict.fromkeys(args.arms):
-            given = fitting(student, **ARMS[arm]) | common | ARMS[arm]
-            given |= dict(seed=seed, steps=args.steps, samples=args.samples)
+        for arm in args.arms:
+            given = fitting(task.presets[preset], **ARMS[arm]) | common | ARMS[arm]
+            given |= dict(preset=preset, seed=seed, steps=args.steps, samples=args.samples)
             given["every"] = max(1, args.steps // LOOKS) * given["batch"]
-            given |= dict(teacher=str(out / f"teacher-{seed}/teacher.safetensors"))
-            students[arm, seed] = Distillation(**given, out=str(out / f"runs/{arm}-{seed}"))
+            given |= dict(teacher=str(Path(teachers[seed].out) / task.teacher_file))
+            students[arm, seed] = task.cls(**given, out=str(out / f"runs/{arm}-{seed}"))
             check(students[arm, seed])
     return students, teachers
 
@@ -120,40 +160,49 @@ def read_scores(cfg):
     return record if record and record["status"] != "training" else None
 
 
-def make_judge(study, samples):
-    """Scores of a network's samples against the digits."""
-    kept = dict(classifier=str(study / "classifier.safetensors"), samples=samples)
-    cfg = evaluate.filled(evaluate.Settings(data="digits", **kept))
-    return Judge(cfg, load_images("digits"), PartialState())
-
-
 def recorded(cfg):
     """What decides a run's scores, ready for JSON."""
-    samples = {"samples": cfg.samples} if isinstance(cfg, Distillation) else {}
+    samples = {} if isinstance(cfg, TeacherTraining) else {"samples": cfg.samples}
     return json.loads(json.dumps(settings(cfg) | samples))
 
 
-def judged_teacher(cfg, samples):
-    """Train the teacher, then score it and the data's two halves."""
+def read_looks(folder):
+    """{step: pictures of fixed latents, (N, C, H, W) uint8}, in the order of the steps."""
+    path = Path(folder) / "looks.npz"
+    return {int(step): images for step, images in np.load(path).items()} if path.exists() else {}
+
+
+def write_looks(folder, looks):
+    with replacing(Path(folder) / "looks.npz") as path:
+        np.savez_compressed(path, **{str(step): images for step, images in looks.items()})
+
+
+def begin(cfg):
+    """-> accelerator, task, score and pictures of a distillation with these settings, and its parts."""
+    accelerator = make_accelerator(cfg)
+    parts = next(task for task in TASKS.values() if task.cls is type(cfg))(cfg, accelerator)
+    task = parts.build()
+    return accelerator, parts, task, parts.judge(task)
+
+
+def judged_teacher(cfg, student):
+    """Train the teacher, then score it and the data's two halves.  student: settings of one of its own."""
     if train_teacher.main(cfg) not in (0, 130):
         raise UserError(f"the teacher in {cfg.out} failed")
-    path = Path(cfg.out) / "teacher.safetensors"
-    if path.exists():  # else a signal came
-        judge, (network, about) = make_judge(Path(cfg.out).parent, samples), checkpoints.load(path)
-        scores = {cfg.steps: judge("teacher", network, about)}
-        z, cond = fixed_latents(network, "cpu", rows=1)
-        plots.save_grid(Path(cfg.out) / "ten.png", heun(network, z, **cond))
-        record = {"settings": recorded(cfg), "status": "finished", "scores": scores}
-        write_json(scores_path(cfg), record | {"floor_fd": judge.floor()["fd"]})
+    if Path(student.teacher).exists():  # else a signal came
+        _, parts, task, score = begin(student)
+        record = {"settings": recorded(cfg), "status": "finished", "floor_fd": parts.floor}
+        pictures = parts.pictures(None, task)
+        images = pictures.decode(parts.sample(task.teacher, pictures.z, **pictures.cond))
+        write_looks(cfg.out, {cfg.steps: to_uint8(images.cpu()).numpy()})
+        write_json(scores_path(cfg), record | {"scores": {cfg.steps: score("teacher", task.teacher)}})
 
 
 def judged_student(cfg):
-    """Distil as distill.py does, and score the moving average wherever that would draw pictures."""
-    accelerator = make_accelerator(cfg)
+    """Distil as the command does, and score the moving average wherever that would draw pictures."""
+    accelerator, parts, task, score = begin(cfg)
     run = Run(cfg)
-    task = distill.build(cfg, accelerator, checkpoints.load(cfg.teacher)[0].without_augmentation())
-    pictures = plots.Pictures(run, task, *fixed_latents(task.teacher, task.device, rows=1))
-    judge = make_judge(Path(cfg.out).parents[1], cfg.samples)
+    pictures, looks = parts.pictures(run, task), read_looks(cfg.out)
     path, record = scores_path(cfg), {"settings": recorded(cfg), "status": "training", "scores": {}}
     if path.exists():
         record = json.loads(path.read_text())
@@ -161,13 +210,13 @@ def judged_student(cfg):
     def picture(step):
         if step % (cfg.every // cfg.batch) and step != cfg.steps:
             return  # stopped in between: no run has a score that the others lack
-        about = {"sigma_init": cfg.sigma_init}
+        looks[step] = to_uint8(pictures.decode(pictures.samples()).cpu()).numpy()
         try:
-            record["scores"][str(step)] = judge("student", task.ema.network.denoiser, about)
+            record["scores"][str(step)] = score("student", task.ema.network)
         except UserError as error:  # not a picture: what `train` takes for divergence
             raise ValueError(str(error)) from None
+        write_looks(run.path, looks)
         write_json(path, record)
-        plots.save_grid(run.path / "ten.png", pictures.samples())
 
     try:
         status = train(cfg, accelerator, task, run, pictures.look, picture, "distil")
@@ -175,52 +224,6 @@ def judged_student(cfg):
         status, record["error"] = "diverged", str(error)
     if status != "interrupted":
         write_json(path, record | {"status": status, "versions": versions()})
-
-
-class Stopped(UserError):
-    """A worker ended with an exit code, having said why if it could."""
-
-    code = 1
-
-
-def quietly(work, *args):
-    """What a worker process does: the work without its progress bars.  Errors of the user's: one line."""
-
-    def end_with_parent():  # a worker whose study was killed must not train on beside the next one
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    def silent():
-        nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, as long as the process
-        with redirect_stderr(nowhere), redirect_stdout(nowhere):
-            work(*args)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    sys.exit(command.run(silent))
-
-
-def in_a_process(*work):
-    """Each in a fresh one: accelerate's state lasts as long as its process.  Returns the exit code."""
-    process = multiprocessing.get_context("spawn").Process(target=quietly, args=work)
-    process.start()
-    process.join()
-    return process.exitcode
-
-
-def work_off(jobs, name, todo):
-    """Do todo, a list of (function, *arguments), `jobs` at a time.  Raises Stopped where one fails."""
-    bar = tqdm(total=len(todo), desc=name, unit="run", smoothing=0, disable=not todo)
-    with bar, ThreadPoolExecutor(jobs) as pool:
-        try:
-            for future in as_completed([pool.submit(in_a_process, *work) for work in todo]):
-                if code := future.result():
-                    raise Stopped(f"a run failed ({code}); the same command goes on")
-                bar.update()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for worker in multiprocessing.active_children():
-                worker.terminate()  # SIGTERM: they save, and end
-            raise
 
 
 # ------------------------------------------------------------------------------------------------
@@ -232,9 +235,14 @@ def rows_of(students, teachers):
     rows = []
     for (arm, seed), cfg in ({("teacher", s): c for s, c in teachers.items()} | students).items():
         if record := read_scores(cfg):
+            looks, before = read_looks(cfg.out), None
             for step, scores in record["scores"].items():
                 row = {"arm": arm, "seed": seed, "status": record["status"], "step": int(step)}
-                rows.append(row | {name: scores[name] for name in SCORES})
+                row |= {name: scores[name] for name in SCORES if name in scores}
+                now = looks[int(step)].astype(float) / 255
+                row["change"] = np.nan if before is None else np.square(now - before).mean() ** 0.5
+                before = now
+                rows.append(row)
     return rows
 
 
@@ -247,12 +255,12 @@ def report(args, students, teachers):
     write_rows(out / "study.csv", rows)
     found = final(rows)
     with replacing(out / "study.md") as path:
-        path.write_text(table(found, floor, args))
-    folders = {arm: Path(cfg.out) for (arm, seed), cfg in students.items() if seed == 0}
-    folders |= {"teacher": Path(teachers[0].out)}
-    pictures = {arm: folder / "ten.png" for arm, folder in folders.items() if (folder / "ten.png").exists()}
+        path.write_text(table(found, floor, args, teachers[0].steps))
+    folders = {"teacher": teachers[0].out} | {arm: c.out for (arm, seed), c in students.items() if seed == 0}
+    looks = {arm: looks for arm, folder in folders.items() if (looks := read_looks(folder))}
+    pictures = {arm: [*seen.values()][-1][TASKS[args.task].ten] for arm, seen in looks.items()}
     with replacing(out / "study.png") as path:
-        figure_of(rows, floor, pictures, FIGURE2).savefig(path, format="png")
+        figure_of(rows, floor, pictures, PANELS).savefig(path, format="png")
     done = len({(row["arm"], row["seed"]) for row in rows if row["arm"] != "teacher"})
     print(f"{done} of {len(students)} runs; look at {out}/study.png, study.md and study.csv")
     return found
@@ -264,7 +272,8 @@ def main(args):
     if args.jobs:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         held = lock(Path(args.out) / ".lock")  # noqa: F841, until the end
-        todo = [(judged_teacher, cfg, args.samples) for cfg in teachers.values() if not read_scores(cfg)]
+        some = {seed: cfg for (_, seed), cfg in students.items()}
+        todo = [(judged_teacher, cfg, some[seed]) for seed, cfg in teachers.items() if not read_scores(cfg)]
         work_off(args.jobs, "teachers", todo)
         work_off(args.jobs, "study", [(judged_student, c) for c in students.values() if not read_scores(c)])
     return report(args, students, teachers)

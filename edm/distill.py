@@ -271,7 +271,7 @@ def compare(cfg, path, teacher_path):
     for who in ("student", "teacher"):
         row = result[who]
         numbers |= {f"{who}_{name}": row[name] for name in ("fd", "evaluations", "images_per_second",
-                    "precision", "recall", "class_histogram")}  # fmt: skip
+                    "precision", "recall", "brightness", "class_histogram")}  # fmt: skip
     return numbers
 
 

@@ -169,8 +169,11 @@ class Prompts:
             return {}
         generator = Generator(PixArtDenoiser(student), cfg.sigma_init).to(task.device)
         denoiser = self.guided(PixArtDenoiser(teacher).to(task.device))
-        networks = generator, denoiser, task.shape, self.vae, self.source
-        return captions.compare(*networks, cfg.samples, run.path / "classifier.safetensors")
+        reader = self.reader(task.shape, run.path / "classifier.safetensors")
+        return captions.compare(reader, generator, denoiser)
+
+    def reader(self, shape, cache):
+        return captions.Reader(shape, self.vae, self.source, self.cfg.samples, cache)
 
     def words(self, m):
         if "student_follows" in m:

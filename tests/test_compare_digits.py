@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 
 from edm import compare_digits, distill
 from edm.config import DISTILLATIONS, PRESETS, settings
+from edm.quality.arms import ARMS
 from edm.quality.study_report import figure_of, final, table
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +60,7 @@ def test_the_arms_are_figure_2_and_differ_in_what_they_name():
         assert cfg.teacher == f"{teachers[seed].out}/teacher.safetensors" and cfg.seed == seed
         changed = {k for k, v in settings(cfg).items() if v != usual[k]} - {"seed", "teacher"}
         takes_no_c = {"c"} if "sid-" in arm or arm == "full-l2" else set()
-        assert changed == set(compare_digits.ARMS[arm]) | takes_no_c
+        assert changed == set(ARMS[arm]) | takes_no_c
         assert (cfg.method == "sid") == arm.startswith("sid-") and (cfg.weighting == "sid") == arm.endswith(
             "-w"
         )
@@ -91,7 +92,7 @@ def test_a_score_is_what_distill_measures(capsys):
     assert found["default", "0", "0"]["fd"] != found["default", "0", "6"]["fd"]
     text = Path("study/study.md").read_text("utf-8")
     assert "| sid-karras-w |" in text and "4 of 4 runs" in capsys.readouterr().out
-    assert Path("study/study.png").stat().st_size > 5000 and Path("study/runs/default-0/ten.png").exists()
+    assert Path("study/study.png").stat().st_size > 5000 and Path("study/runs/default-0/looks.npz").exists()
 
 
 def test_what_is_recorded_is_not_repeated_and_other_settings_are_refused(capsys):
@@ -110,7 +111,7 @@ def test_what_is_recorded_is_not_repeated_and_other_settings_are_refused(capsys)
 
 
 def test_a_run_that_diverges_is_infinitely_far(monkeypatch):
-    monkeypatch.setitem(compare_digits.ARMS, "sid-karras-w", dict(lr=1e30, lr_end=1.0))
+    monkeypatch.setitem(ARMS, "sid-karras-w", dict(lr=1e30, lr_end=1.0))
     assert study("--seeds", "1") == 0
     status = {row["arm"]: row["status"] for row in rows()}
     assert status == {"teacher": "finished", "default": "finished", "sid-karras-w": "diverged"}
@@ -130,7 +131,7 @@ def test_medians_are_of_the_last_scores_and_curves_of_all():
     found = final(runs)
     assert found["a"]["fd"] == [4, 5, 6, math.inf] and found["a"]["precision"] == [0.4, 0.5, 0.6, 0.0]
     args = compare_digits.parse_args([])
-    assert "| a | 4.00, 5.00, 6.00, inf | 5.50 | 0.45 | 0.50 |" in table(found, 1.0, args)
+    assert "| a | 4.00, 5.00, 6.00, inf | 5.50 | 0.45 | 0.50 |" in table(found, 1.0, args, 1000)
     figure = figure_of(runs, 1.0, {}, {"one": ["a"], "other": ["b"]})
     curves = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].get_lines()}
     assert curves["a"] == [[0, 1], [4, 5]] and {y for _, y in curves["teacher, 35 evaluations"]} == {2}

@@ -11,31 +11,44 @@ from edm.text.digits import PROMPTS, SAMPLER, TEMPLATES, pictures
 from edm.text.pixart import decode
 
 
-def compare(generator, teacher, shape, vae, encoder, n, cache):
-    """n samples of each, seeds 0, 1, ..., under the prompts in turn, read by a classifier of the data.
+class Reader:
+    """reader(sample) -> numbers of n samples(z, **caption), seeds 0, 1, ..., under the prompts in turn.
 
-    generator, teacher: the one-step network and the denoiser.  cache: file of the classifier.
-    -> {"student_follows": the share in which the classifier reads the digit of the prompt, "student_fd": the
-    Frechet distance to the data, ...}
+    follows is the share in which a classifier of the data, kept in the file `cache`, reads the digit of the
+    prompt; the others are those of `evaluate_samples`.  floor: Frechet distance of the data's halves.
     """
-    data = pictures()
-    net = classifier_features(data, cache)
-    features, _ = features_of(net, data.images.split(500))
-    reference, numbers = Reference(features), {"floor_fd": data_floor(features)["fd"], "samples": n}
-    how = {"student": generator, "teacher": lambda z, **caption: heun(teacher, z, **SAMPLER, **caption)}
-    for who, sample in how.items():
+
+    def __init__(self, shape, vae, encoder, n, cache):
+        data = pictures()
+        self.shape, self.vae, self.encoder, self.n = shape, vae, encoder, n
+        self.net = classifier_features(data, cache)
+        features, _ = features_of(self.net, data.images.split(500))
+        self.reference, self.floor = Reference(features), data_floor(features)["fd"]
+
+    @torch.no_grad()
+    def __call__(self, sample):
         start, images = time.perf_counter(), []
-        for seeds in torch.arange(n).split(100):
-            z, _ = latents(seeds.tolist(), shape)
-            caption = encoder([PROMPTS[seed % len(PROMPTS)] for seed in seeds.tolist()])
-            with torch.no_grad():
-                images.append(decode(vae, sample(z.to(vae.device), **caption)).cpu())
+        for seeds in torch.arange(self.n).split(100):
+            z, _ = latents(seeds.tolist(), self.shape)
+            caption = self.encoder([PROMPTS[seed % len(PROMPTS)] for seed in seeds.tolist()])
+            images.append(decode(self.vae, sample(z.to(self.vae.device), **caption)).cpu())
         seconds = time.perf_counter() - start
         images = [to_uint8(some) for some in images]
-        found = evaluate_samples(net, reference, images)
-        read = torch.cat([net.probabilities(some).argmax(1) for some in images])
-        named = torch.arange(n) % len(PROMPTS) // len(TEMPLATES)
-        numbers |= {f"{who}_{name}": found[name] for name in ("fd", "precision", "recall", "class_histogram")}
-        numbers[f"{who}_follows"] = (read == named).float().mean().item()
-        numbers[f"{who}_images_per_second"] = n / seconds
+        read = torch.cat([self.net.probabilities(some).argmax(1) for some in images])
+        named = torch.arange(self.n) % len(PROMPTS) // len(TEMPLATES)
+        follows = (read == named).float().mean().item()
+        numbers = evaluate_samples(self.net, self.reference, images)
+        return numbers | {"follows": follows, "images_per_second": self.n / seconds}
+
+
+def by_teacher(teacher):
+    """A denoiser of the text digits -> sample(z, **caption) in many steps."""
+    return lambda z, **caption: heun(teacher, z, **SAMPLER, **caption)
+
+
+def compare(reader, generator, teacher):
+    """-> {"student_fd": ..., "teacher_fd": ..., ...} of the one-step network and the denoiser."""
+    numbers = {"floor_fd": reader.floor, "samples": reader.n}
+    for who, sample in {"student": generator, "teacher": by_teacher(teacher)}.items():
+        numbers |= {f"{who}_{name}": value for name, value in reader(sample).items()}
     return numbers

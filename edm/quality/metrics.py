@@ -334,9 +334,18 @@ def evaluate_samples(net, reference, batches):
                       "among": within the distance of a member to its third nearest neighbour
                       (Kynkäänniemi et al. 2019, arXiv:1904.06991)
     class_histogram   how many images the network takes for each class
+    brightness        mean grey level, from 0, black, to 1
     images            how many there were
     """
-    features, probabilities = features_of(net, batches)
+    greys = []
+
+    def seen():
+        for images in batches:
+            greys.append(images.float().flatten(1).mean(1) / 255)
+            yield images
+
+    features, probabilities = features_of(net, seen())
+    greys = [grey.to(features.device) for grey in greys]
     if (fewest := min(len(features), len(reference.features))) < LEAST_IMAGES:
         raise UserError(f"{fewest} images are too few: an evaluation needs {LEAST_IMAGES}, samples and data")
     data = reference.features
@@ -346,6 +355,7 @@ def evaluate_samples(net, reference, batches):
         "precision": share_inside(features, data, reference.radii),
         "recall": share_inside(data, features, neighbour_radii(features)),
         "class_histogram": probabilities.argmax(1).bincount(minlength=probabilities.shape[1]).tolist(),
+        "brightness": gather(greys, features.device).mean().item(),
         "images": len(features),
     }
 
