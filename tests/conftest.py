@@ -6,6 +6,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two workers of tw
 
 from importlib.util import find_spec
 
+import pytest
+
 NEEDED = ("accelerate", "diffusers", "PIL", "safetensors", "torchmetrics", "transformers")
 IMAGE_TESTS = [
     f"test_{name}.py"
@@ -16,6 +18,18 @@ IMAGE_TESTS = [
     )
 ]
 collect_ignore = [] if all(map(find_spec, NEEDED)) else IMAGE_TESTS
+
+
+def pytest_addoption(parser):
+    words = (
+        "with -m slow: all mutants, instants of death, released kinds and hostile files, not a share; hours"
+    )
+    parser.addoption("--thorough", action="store_true", help=words)
+
+
+@pytest.fixture
+def thorough(request):
+    return request.config.getoption("--thorough")
 
 
 def pytest_terminal_summary(terminalreporter):

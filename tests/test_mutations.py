@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -84,12 +85,16 @@ class TestImagesAndText(Broken):
     suites = tuple(tests for tests in SUITES if tests not in TestTheCoreAndThePlane.suites)
 
 
+def drawn(name, file, config):
+    """Whether it is its turn: one in four, others after every change of the file that it breaks."""
+    return config.getoption("--thorough") or not zlib.crc32(name.encode() + (ROOT / file).read_bytes()) % 4
+
+
 def pytest_generate_tests(metafunc):
-    suites = metafunc.cls.suites
+    all_ = [(tests, name, SUITES[tests][name][0]) for tests in metafunc.cls.suites for name in SUITES[tests]]
+    broken = [(tests, name) for tests, name, file in all_ if drawn(name, file, metafunc.config)]
     if "name" in metafunc.fixturenames:
-        broken = [(tests, name) for tests in suites for name in SUITES[tests]]
-        metafunc.parametrize(
-            "tests, name", broken, ids=[f"{tests.split()[0]}: {name}" for tests, name in broken]
-        )
+        ids = [f"{tests.split()[0]}: {name}" for tests, name in broken]
+        metafunc.parametrize("tests, name", broken, ids=ids)
     else:
-        metafunc.parametrize("tests", suites)
+        metafunc.parametrize("tests", dict.fromkeys(tests for tests, _ in broken))

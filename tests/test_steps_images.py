@@ -42,6 +42,7 @@ OPTIONS = [  # each case is about its last option, and the first ones see the mo
     dict(distance="huber", delta=0.05), dict(distance="power", alpha=6), dict(distance="exp", beta=0.003),
     dict(weighting="sid"), dict(fake_weighting="one"), dict(fake_weighting="noise"),
     dict(weighting="noise"), dict(space="score", weighting="noise"),
+    dict(space="noise", fake_weighting="noise"),
     dict(sigma_mean=-2.0, sigma_std=0.5), dict(sigma_std=0.5, sigma_mean=-2.0),
     dict(fake_sigma_mean=0.5, fake_sigma_std=0.7), dict(fake_sigma_std=0.7, fake_sigma_mean=0.5),
     dict(ema_rampup=0.3), dict(warmup=2),
