@@ -80,7 +80,8 @@ def distil(cfg, kind):
     try:
         code = complete(cfg, accelerator, task, run, pictures.look, pictures, "distil", score)
     except torch.OutOfMemoryError:
-        raise UserError("out of memory: lower --micro-batch; the last checkpoint is kept") from None
+        smaller = "lower --micro-batch" if task.batches.micro > 1 else "even for one image at a time"
+        raise UserError(f"out of memory: {smaller}; the last checkpoint is kept") from None
     if code is None:
         finish(cfg, accelerator, run, task, parts)
     return code or 0

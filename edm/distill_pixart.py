@@ -29,7 +29,8 @@ from edm.images.sampler import latents
 from edm.quality import captions
 from edm.text import pixart_files
 from edm.text.pixart import Guided, PixArtDenoiser, decode, without
-from edm.text.prompts import MAX_TOKENS, CaptionFile, TextEncoder, encode_by_index, quiet, read_prompts
+from edm.text.pretrained import quiet
+from edm.text.prompts import MAX_TOKENS, CaptionFile, TextEncoder, encode_by_index, read_prompts
 from edm.training.plots import Pictures
 from edm.training.trainee import compiled
 from toy.files import UserError
@@ -223,7 +224,7 @@ def tell_memory(plan, device, say):
     if total > (there := total_memory(device)):
         raise UserError(
             f"needs about {total / 1e9:.3g} GB on each device, which has {there / 1e9:.3g} GB: "
-            "lower --micro-batch, or try --checkpointing, --sharding fsdp, --captions"
+            "try a lower --micro-batch, --checkpointing, --sharding fsdp, --captions"
         )
 
 

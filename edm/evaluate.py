@@ -38,7 +38,8 @@ from edm.quality.judge import Judge
 from edm.quality.text_metrics import Clip, clip_score, load_aesthetic
 from edm.text import pixart_files
 from edm.text.pixart import PixArtDenoiser
-from edm.text.prompts import DTYPES, TextEncoder, quiet
+from edm.text.pretrained import quiet
+from edm.text.prompts import DTYPES, TextEncoder
 from edm.text.sampler import draw, find_prompts, make_encode
 from toy.command import at_least, check_ranges, option
 from toy.files import UserError, replacing

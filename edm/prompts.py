@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from edm.text.prompts import DTYPES, MAX_TOKENS, SOURCE, TextEncoder, exists_here, header, quiet, read_prompts
+from edm.text.pretrained import exists_here, quiet
+from edm.text.prompts import DTYPES, MAX_TOKENS, SOURCE, TextEncoder, header, read_prompts
 from toy import command as command_line
 from toy.files import UserError, lock, naming
 

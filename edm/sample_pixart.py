@@ -34,7 +34,8 @@ from edm.images.sampler import parse_seeds
 from edm.sample import kind_of
 from edm.text.pixart import PixArtDenoiser
 from edm.text.pixart_files import find_pipeline, load_transformer, load_vae, sigma_init_of, write_pipeline
-from edm.text.prompts import TextEncoder, quiet
+from edm.text.pretrained import quiet
+from edm.text.prompts import TextEncoder
 from edm.text.sampler import draw, find_prompts, make_encode, student_sampler, teacher_sampler
 from edm.training import plots
 from toy.command import check_ranges, option

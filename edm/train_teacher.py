@@ -31,7 +31,8 @@ from edm.images.sampler import fixed_latents, heun, latents
 from edm.text import digits
 from edm.text.pixart import PixArtDenoiser, decode
 from edm.text.pixart_files import load_vae
-from edm.text.prompts import TextEncoder, quiet
+from edm.text.pretrained import quiet
+from edm.text.prompts import TextEncoder
 from edm.training import plots
 from edm.training.denoising import TeacherTask
 from edm.training.loop import complete
@@ -42,7 +43,10 @@ from toy.files import UserError, write_json
 
 def image_examples(cfg, device, network, data):
     """Images of the data at p_EDM's noise levels, weighted by lambda_EDM: `examples` of a TeacherTask."""
-    images, labels = data.images.to(device), None
+    images, labels, sigma_data = data.images.to(device), None, network.sigma_data
+    if not 0.4 < (spread := to_network(data.images[:2000]).std().item() / sigma_data) < 2.5:
+        words = f"warning: the images' std is {spread:.2g} times the network's sigma_data, {sigma_data:g}"
+        print(f"{words}: the noise levels may not fit", file=sys.stderr)
     if network.label_dim:
         labels = one_hot(data.labels, network.label_dim).to(device)
 
@@ -54,7 +58,7 @@ def image_examples(cfg, device, network, data):
             x0 = torch.where(mirrored, x0.flip(3), x0)
         sigma = sim.SIGMA_DISTRIBUTIONS["edm"](n, generator=rng, dtype=torch.float32)
         cond = {} if labels is None else {"class_labels": labels[index]}
-        return x0, sigma, sim.edm_weight(sigma, network.sigma_data), cond
+        return x0, sigma, sim.edm_weight(sigma, sigma_data), cond
 
     return examples
 

@@ -290,7 +290,7 @@ IMAGES = {
     "an online network that drops out": (DISTILL, "fake = copy.deepcopy(teacher)", "fake = copy.deepcopy(teacher).train()"),
     "teacher: unfrozen weights learn": (DISTILL, "fake = copy.deepcopy(teacher).requires_grad_(True)", "fake = teacher.requires_grad_(True)"),
     "teacher: without its weight": (DENOISING, "noise[i], weight[i], **mine)", "noise[i], **mine)"),
-    "teacher: weight at sigma_data 0.5": (TEACHER, "sim.edm_weight(sigma, network.sigma_data)", "sim.edm_weight(sigma)"),
+    "teacher: weight at sigma_data 0.5": (TEACHER, "sim.edm_weight(sigma, sigma_data)", "sim.edm_weight(sigma)"),
     "teacher: labels": (DENOISING, "noise[i], weight[i], **mine)", "noise[i], weight[i])"),
     "teacher: labels of others": (TEACHER, '{"class_labels": labels[index]}', '{"class_labels": labels[:n]}'),
     "teacher: other levels": (TEACHER, 'SIGMA_DISTRIBUTIONS["edm"]', 'SIGMA_DISTRIBUTIONS["sim"]'),

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib
 import pytest
 
 import verify_identity
@@ -130,6 +131,11 @@ def test_what_ends_a_command(capsys, monkeypatch):
     with pytest.raises(RuntimeError, match="ours"):
         command.run(failing(RuntimeError("ours")))
     assert command.run(lambda: None) == 0 and command.run(lambda: 1) == 1
+
+
+def test_figures_do_not_depend_on_somebodys_matplotlibrc(monkeypatch):
+    monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
+    assert command.run(lambda: matplotlib.rcParams["text.usetex"]) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -15,6 +15,7 @@ from edm.config import PRESETS, TEACHERS, Distillation, TextDistillation
 from edm.images.data import Images, load_images
 from edm.images.networks import EDMPrecond
 from edm.images.sampler import fixed_latents, latents
+from edm.quality import features as networks
 from edm.quality import metrics
 from tests.test_distill import UNET, quick
 from toy import train_2d
@@ -52,7 +53,7 @@ def parts():
     yield net(net.model.map_layer0.bias.new_ones(9, *net.shape), 0.5, torch.eye(10)[:9])
     data = load_images("digits")
     images = data.images[:90, :, :5, :5]
-    net, _ = metrics.train_classifier(Images(images, data.labels[:90], "corners"))
+    net, _ = networks.train_classifier(Images(images, data.labels[:90], "corners"))
     features, _ = metrics.features_of(net, [images])
     yield from (features, metrics.data_floor(features), metrics.inception_score(features.softmax(1)))
 
@@ -85,7 +86,7 @@ def words(x):
 def untrained(images):
     torch.manual_seed(0)
     with metrics.Single():
-        return metrics.SmallClassifier(images).eval().requires_grad_(False), 0.1
+        return networks.SmallClassifier(images).eval().requires_grad_(False), 0.1
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_float64_by_default_changes_nothing(work, tmp_path, monkeypatch):
     monkeypatch.setitem(TEACHERS, "digits", dict(data="digits", steps=3, batch=8, flip=True))
     monkeypatch.setitem(TEACHERS, "pixart-digits", dict(steps=2, batch=8, vae_steps=2))
     if work in (digits, text):  # its training is in `parts`
-        monkeypatch.setattr(metrics, "train_classifier", untrained)
+        monkeypatch.setattr(networks, "train_classifier", untrained)
     results = []
     for dtype in (torch.float32, torch.float64):
         (tmp_path / str(dtype)).mkdir()

@@ -283,7 +283,9 @@ def test_memory_plan_of_the_paper(monkeypatch):
     monkeypatch.setattr("edm.device.psutil.virtual_memory", lambda: SimpleNamespace(total=60e9))
     distill_pixart.tell_memory(dict(a=int(30e9), b=int(20e9)), torch.device("cpu"), lines.append)
     assert lines[-1].strip() == "50.00 GB  on each device: too much for 40 GB, fits 80 GB"
-    with pytest.raises(UserError, match="needs about 70 GB on each device, which has 60 GB: lower --micro"):
+    with pytest.raises(
+        UserError, match="needs about 70 GB on each device, which has 60 GB: try a lower --micro"
+    ):
         distill_pixart.tell_memory(dict(a=int(70e9)), torch.device("cpu"), lines.append)
 
 
@@ -413,7 +415,7 @@ def test_resuming_with_another_sigma_init_is_refused(here, fast, capsys, tmp_pat
 WRONG = {  # words on the command line -> in the message
     "--teacher none": "none: no such file or folder",
     "--teacher mute": "mute: missing text encoder",
-    "--teacher blind": "blind/vae: ",
+    "--teacher blind": "blind: its vae cannot be loaded",
     "--teacher headless": "headless: ",
     "--teacher narrow": "captions of width 64, but the denoiser takes 32",
     "--teacher lacking": "lacking/transformer: missing tensor proj_out.bias",
@@ -453,7 +455,7 @@ def test_no_memory_is_told_before_anything_is_trained(here, capsys, monkeypatch,
     monkeypatch.setattr("edm.device.psutil.virtual_memory", lambda: SimpleNamespace(total=1e6))
     assert run(out=tmp_path / "run") == 2
     out, err = capsys.readouterr()
-    assert "on each device, which has 0.001 GB: lower --micro-batch" in err and err.count("\n") == 1
+    assert "on each device, which has 0.001 GB: try a lower --micro-batch" in err and err.count("\n") == 1
     assert "40 prompts; memory:" in out and not (tmp_path / "run").exists()
 
 
@@ -469,6 +471,8 @@ def test_running_out_of_memory_is_one_line_and_keeps_checkpoints(here, fast, cap
     assert run(out=tmp_path / "run") == 2
     assert "error: out of memory: lower --micro-batch" in capsys.readouterr().err.splitlines()[-1]
     assert Folder(tmp_path / "run", {}).load()["step"] == 2
+    assert run(out=tmp_path / "one", micro_batch=1) == 2
+    assert "error: out of memory: even for one image at a time" in capsys.readouterr().err.splitlines()[-1]
 
 
 # ----------------------------------------------------------------------------------------------

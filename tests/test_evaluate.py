@@ -22,6 +22,7 @@ from edm.config import command_line
 from edm.images import checkpoints, foreign, sampler
 from edm.images.data import Images, load_images
 from edm.images.networks import EDMPrecond
+from edm.quality import features as networks
 from edm.quality import metrics
 from toy.files import UserError
 
@@ -222,7 +223,7 @@ def inception_file(tmp_path_factory):
 
 
 def test_inception_takes_uint8_of_one_or_three_channels(inception_file):
-    net, gray = metrics.Inception(inception_file, trust=True), pixels(5, 0, 256, seed=0)
+    net, gray = networks.Inception(inception_file, trust=True), pixels(5, 0, 256, seed=0)
     assert net.num_features == 12 and net(gray).shape == (5, 12)
     assert torch.equal(net(gray), net(gray.repeat(1, 3, 1, 1)))
     assert torch.allclose(net(gray)[:, :4], gray.flatten(1) / 255)
@@ -242,10 +243,10 @@ def test_torchscript_is_a_program_and_only_nvidias_runs_unasked(tmp_path, monkey
     torch.jit.script(Writer()).save("writer.pt")
     Path("victim").write_bytes(b"precious")
     with pytest.raises(UserError, match=r"writer.pt: not NVIDIA's file, but another: .* give --trust"):
-        metrics.Inception("writer.pt")
+        networks.Inception("writer.pt")
     assert Path("victim").read_bytes() == b"precious"
-    monkeypatch.setattr(metrics, "NVIDIAS", hashlib.sha256(Path("writer.pt").read_bytes()).hexdigest())
-    assert metrics.Inception("writer.pt").num_features == 12
+    monkeypatch.setattr(networks, "NVIDIAS", hashlib.sha256(Path("writer.pt").read_bytes()).hexdigest())
+    assert networks.Inception("writer.pt").num_features == 12
     assert Path("victim").read_bytes() == b"XXXXXXXX"  # so the danger is real
 
 
@@ -253,7 +254,7 @@ def test_inception_names_what_it_needs_instead_of_nvidias_pickle(tmp_path):
     path = tmp_path / "inception-2015-12-05.pkl"
     path.write_bytes(pickle.dumps({"code": "raise SystemExit"}))
     with pytest.raises(UserError) as error:
-        metrics.Inception(path)
+        networks.Inception(path)
     assert re.fullmatch(
         rf"{re.escape(str(path))}: a pickle.* TorchScript form, https://nvlabs-fi-cdn\.nvidia\.com/"
         r"stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05\.pt", str(error.value))  # fmt: skip
@@ -265,7 +266,7 @@ def test_inception_refuses_other_files(inception_file, tmp_path):
     for path in (tmp_path / "saved.pt", tmp_path / "text.pt", tmp_path / "none.pt", tmp_path,
                  inception_file.with_name("deaf.pt")):  # fmt: skip
         with pytest.raises(UserError, match=re.escape(str(path))) as error:
-            metrics.Inception(path, trust=True)
+            networks.Inception(path, trust=True)
         assert "\n" not in str(error.value)
 
 
@@ -301,7 +302,7 @@ def digits():
 @pytest.fixture(scope="module")
 def classifier_file(digits, tmp_path_factory):
     path = tmp_path_factory.mktemp("classifier") / "deeper" / "digits.safetensors"
-    metrics.classifier_features(digits, path)
+    networks.classifier_features(digits, path)
     return path
 
 
@@ -311,15 +312,15 @@ def same_weights(a, b):
 
 def test_classifier_learns_the_digits_reproducibly(digits, classifier_file):
     before = torch.manual_seed(1).get_state()
-    net, accuracy = metrics.train_classifier(digits)
+    net, accuracy = networks.train_classifier(digits)
     assert accuracy >= 0.98
     assert torch.equal(before, torch.get_rng_state())
-    assert same_weights(net, metrics.classifier_features(digits, classifier_file))
+    assert same_weights(net, networks.classifier_features(digits, classifier_file))
 
 
 def test_classifier_comes_from_its_cache(digits, classifier_file, capsys):
     bytes_before = classifier_file.read_bytes()
-    net = metrics.classifier_features(digits, classifier_file)
+    net = networks.classifier_features(digits, classifier_file)
     assert capsys.readouterr().err == ""  # training says so
     assert classifier_file.read_bytes() == bytes_before and not net.training
     features, probabilities = metrics.features_of(net, digits.images.split(500))
@@ -335,9 +336,9 @@ def quick_training(monkeypatch):
 
     def train_classifier(images):
         calls.append(images.name)
-        return metrics.SmallClassifier(images), 1.0
+        return networks.SmallClassifier(images), 1.0
 
-    monkeypatch.setattr(metrics, "train_classifier", train_classifier)
+    monkeypatch.setattr(networks, "train_classifier", train_classifier)
     return calls
 
 
@@ -352,11 +353,11 @@ def flip(content):
 @pytest.mark.parametrize("damage", [cut, flip, lambda content: b"", lambda content: b"no classifier"])
 def test_what_is_no_classifier_of_these_data_is_never_written_over(digits, tmp_path, quick_training, damage):
     path = tmp_path / "c.safetensors"
-    metrics.classifier_features(digits, path)
+    networks.classifier_features(digits, path)
     path.write_bytes(damage(path.read_bytes()))
     before = path.read_bytes()
     with pytest.raises(UserError, match=f"{path}: no classifier of digits .*another --classifier"):
-        metrics.classifier_features(digits, path)
+        networks.classifier_features(digits, path)
     assert path.read_bytes() == before and len(quick_training) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
 
@@ -364,20 +365,20 @@ def test_what_is_no_classifier_of_these_data_is_never_written_over(digits, tmp_p
 def test_a_classifier_of_other_data_or_code_is_refused(digits, classifier_file, tmp_path, quick_training):
     changed = digits.images.clone()
     changed[7, 0, 3, 3] += 1
-    metrics.classifier_features(digits, mine := tmp_path / "c.safetensors")
+    networks.classifier_features(digits, mine := tmp_path / "c.safetensors")
     for path, data in (
         (classifier_file, digits),  # its code is another now
         (mine, dataclasses.replace(digits, images=changed)),
         (mine, dataclasses.replace(digits, labels=digits.labels.flip(0))),
     ):
         with pytest.raises(UserError, match="made from other data or by other code"):
-            metrics.classifier_features(data, path)
+            networks.classifier_features(data, path)
     assert len(quick_training) == 1
 
 
 def test_shifted_moves_images_whole_and_by_little():
     image = torch.arange(1, 37, dtype=torch.uint8).reshape(1, 1, 6, 6).repeat(64, 2, 1, 1)
-    moved = metrics.shifted(image, 1, torch.Generator().manual_seed(0))
+    moved = networks.shifted(image, 1, torch.Generator().manual_seed(0))
     padded = torch.nn.functional.pad(image[0], [1] * 4)
     allowed = [padded[:, i : i + 6, j : j + 6] for i in range(3) for j in range(3)]
     seen = {next(k for k, a in enumerate(allowed) if torch.equal(a, m)) for m in moved}
@@ -386,26 +387,26 @@ def test_shifted_moves_images_whole_and_by_little():
 
 def test_classifier_needs_labels():
     with pytest.raises(UserError, match="some data: has no labels"):
-        metrics.SmallClassifier(Images(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), None, "some data"))
+        networks.SmallClassifier(Images(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), None, "some data"))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_classifier_of_very_few_images(digits, tmp_path, count):
     few = Images(digits.images[:count], digits.labels[:count], "few")
     if count > 1:
-        assert metrics.classifier_features(few, tmp_path / "c.safetensors").num_features == 64
+        assert networks.classifier_features(few, tmp_path / "c.safetensors").num_features == 64
     else:
         with pytest.raises(UserError, match="few: a classifier needs at least 2 images"):
-            metrics.classifier_features(few, tmp_path / "c.safetensors")
+            networks.classifier_features(few, tmp_path / "c.safetensors")
         assert not [*tmp_path.iterdir()]
 
 
 def test_a_cache_that_cannot_be_written_is_told_before_the_training(digits, tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "train_classifier", lambda images: pytest.fail("trained"))
+    monkeypatch.setattr(networks, "train_classifier", lambda images: pytest.fail("trained"))
     (tmp_path / "file").touch()
     for cache in (tmp_path / "file/c.safetensors", "/proc/none/c.safetensors"):
         with pytest.raises(UserError, match=f"{cache}: cannot be written"):
-            metrics.classifier_features(digits, cache)
+            networks.classifier_features(digits, cache)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
@@ -494,7 +495,7 @@ def test_a_student_without_teacher_is_a_row_by_itself(files, classifier_file, ca
 
 
 def test_fid_with_inception_and_reference(files, inception_file, digits, capsys):
-    net = metrics.Inception(inception_file, trust=True)
+    net = networks.Inception(inception_file, trust=True)
     features = net(digits.images).double()
     np.savez("ref.npz", mu=features.mean(0).numpy(), sigma=features.T.cov().numpy())
     assert run(inception=inception_file, trust=True, reference="ref.npz", out="a.json") == 0

@@ -256,12 +256,25 @@ def test_faulty_pipelines_are_refused(pipeline, tmp_path, monkeypatch):
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize("name, value, message", [
+    ("d_ff", 2**22, "its config asks for .* numbers, but its files hold .* bytes"),
+    ("vocab_size", 2**40, "vocab_size is 1099511627776, more than 16,777,216"),
+    ("num_layers", 10_000, "num_layers is 10000, more than 64"),
+])  # fmt: skip
+def test_settings_that_ask_for_more_than_the_files_hold(pipeline, tmp_path, name, value, message):
+    config = json.loads((pipeline / "text_encoder/config.json").read_text()) | {name: value}
+    text = json.dumps(config).encode()
+    start = time.perf_counter()
+    fails(message, TextEncoder, damaged(pipeline, tmp_path / "a", "text_encoder", "config.json", text))
+    assert time.perf_counter() - start < 5
+
+
 def test_missing_weights_are_not_made_up(pipeline, tmp_path):
     bad = damaged(pipeline, tmp_path / "a", "tokenizer", "x", b"")
     weights = load_file(bad / "text_encoder/model.safetensors")
     last = weights.pop("encoder.final_layer_norm.weight")
     save_file(weights, bad / "text_encoder/model.safetensors", {"format": "pt"})
-    fails("there are no weights for encoder.final_layer_norm.weight", TextEncoder, bad)
+    fails("text encoder cannot be loaded .missing tensor encoder.final_layer_norm.weight", TextEncoder, bad)
     weights["encoder.final_layer_norm.weight"] = last[:16].clone()
     save_file(weights, bad / "text_encoder/model.safetensors", {"format": "pt"})
     fails("text encoder cannot be loaded", TextEncoder, bad)

@@ -257,7 +257,7 @@ WRONG = {  # what is changed -> what is said
         dict(pipeline="no text"),
         "{no text}: has no text_encoder, so is not a whole pipeline",
     ),
-    "no vae": (dict(pipeline="no vae"), "{no vae}/vae: "),
+    "no vae": (dict(pipeline="no vae"), "{no vae}: its vae cannot be loaded"),
     "file": (dict(pipeline="prompts.txt"), "{prompts.txt}: not a folder"),
     "size": (dict(teacher="large"), "{large}: makes images of another size than {student.safetensors}"),
     "empty": (dict(prompts="empty.txt"), "{empty.txt}: there are no prompts in it"),

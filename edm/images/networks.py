@@ -127,13 +127,11 @@ class SongUNet(nn.Module):
                  attn_resolutions=(16,), dropout=0.10, label_dropout=0, embedding_type="positional",
                  channel_mult_noise=1, encoder_type="standard", decoder_type="standard",
                  resample_filter=(1, 1)):  # fmt: skip
-        for name, value, known in (
-            ("embedding_type", embedding_type, ("positional", "fourier")),
-            ("encoder_type", encoder_type, ("standard", "residual")),
-            ("decoder_type", decoder_type, ("standard",)),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        known = {"embedding_type": ("positional", "fourier"), "encoder_type": ("standard", "residual"),
+                 "decoder_type": ("standard",)}  # fmt: skip
+        for name, value in zip(known, (embedding_type, encoder_type, decoder_type)):
+            if value not in known[name]:
+                raise ValueError(f"{name} must be one of {', '.join(known[name])}, got {value!r}")
         if img_resolution % 2 ** (len(channel_mult) - 1):
             raise ValueError(f"resolution {img_resolution} cannot be halved {len(channel_mult) - 1} times")
         super().__init__()

@@ -6,7 +6,8 @@ import torch
 
 from edm.images.data import to_uint8
 from edm.images.sampler import heun, latents
-from edm.quality.metrics import Reference, classifier_features, data_floor, evaluate_samples, features_of
+from edm.quality.features import classifier_features
+from edm.quality.metrics import Reference, data_floor, evaluate_samples, features_of
 from edm.text.digits import PROMPTS, SAMPLER, TEMPLATES, pictures
 from edm.text.pixart import decode
 

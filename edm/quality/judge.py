@@ -6,10 +6,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from edm.images.sampler import make_sampler, sample_batches
+from edm.quality.features import Inception, classifier_features
 from edm.quality.metrics import (
-    Inception,
     Reference,
-    classifier_features,
     data_floor,
     evaluate_samples,
     features_of,

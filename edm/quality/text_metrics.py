@@ -13,18 +13,10 @@ from torch import nn
 from edm.device import Single
 from edm.images.checkpoints import some
 from edm.images.pth import read_pth
-from edm.text.prompts import exists_here
+from edm.text.pretrained import exists_here, pretrained
 from toy.files import UserError, naming
 
 LAYERS = (0, 2, 4, 6, 7)  # of the aesthetic head; those between are dropout, for its training
-
-
-def pretrained(cls, source, **how):
-    try:
-        return cls.from_pretrained(source, **how)
-    except Exception as error:  # damaged files can raise nearly anything, in many lines
-        line = " ".join(str(error).split())[:200]
-        raise UserError(f"its {cls.__name__} cannot be loaded ({type(error).__name__}: {line})") from None
 
 
 class Clip:
@@ -38,15 +30,12 @@ class Clip:
         exists_here(source)
         from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer  # takes seconds
 
+        self.model = pretrained(CLIPModel, source, dtype=torch.float32).to(device)
+        self.tokenizer = pretrained(CLIPTokenizer, source)
+        self.processor = pretrained(CLIPImageProcessorPil, source)
+        self.width, text = self.model.config.projection_dim, self.model.config.text_config
+        self.max_tokens = text.max_position_embeddings
         with naming(source):
-            model, found = pretrained(CLIPModel, source, dtype=torch.float32, output_loading_info=True)
-            if missing := sorted(found["missing_keys"]):  # transformers would make them up
-                raise UserError(f"missing {some(missing)}")
-            self.model = model.to(device).eval().requires_grad_(False)
-            self.tokenizer = pretrained(CLIPTokenizer, source)
-            self.processor = pretrained(CLIPImageProcessorPil, source)
-            self.width, text = model.config.projection_dim, model.config.text_config
-            self.max_tokens = text.max_position_embeddings
             if (size := len(self.tokenizer)) != text.vocab_size:  # without its files it would be an empty one
                 raise UserError(f"its tokenizer has {size} tokens, its model {text.vocab_size}")
             if not (self.images(torch.zeros(1, 3, 8, 8).byte()) * self.texts(["a"])).isfinite().all():

@@ -26,12 +26,12 @@ from edm.images.checkpoints import (
     is_safetensors,
     open_safetensors,
     read_safetensors,
-    some,
 )
 from edm.images.foreign import read_json
 from edm.images.pth import read_pth
 from edm.text.pixart import PixArtDenoiser, sigma_of_t
 from edm.text.pixart_names import POSITIONS, from_original
+from edm.text.pretrained import pretrained
 from toy.files import UserError, naming
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -112,12 +112,7 @@ def load_vae(folder):
     """The AutoencoderKL of a pipeline folder, as `load_transformer` returns a transformer."""
     from diffusers import AutoencoderKL
 
-    with naming(f"{folder}/vae"):
-        how = dict(output_loading_info=True, dtype=torch.float32, use_safetensors=True)
-        vae, found = AutoencoderKL.from_pretrained(folder, subfolder="vae", **how)
-        if missing := found["missing_keys"]:
-            raise UserError(f"missing {some(missing)}")
-    return vae.eval().requires_grad_(False)
+    return pretrained(AutoencoderKL, folder, "vae", dtype=torch.float32, use_safetensors=True)
 
 
 def build(config, weights):

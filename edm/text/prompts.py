@@ -6,7 +6,6 @@ A prompt is used as it is but for white space at its ends: nothing is lower-case
 import csv
 import hashlib
 import json
-import re
 import struct
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from edm.images.checkpoints import open_safetensors
+from edm.text.pretrained import exists_here, pretrained
 from toy.files import UserError, naming
 
 SOURCE = "PixArt-alpha/SAM-LLaVA-Captions10M"
@@ -93,33 +93,6 @@ def pad(rows):
     return {"caption": pad_sequence(rows, batch_first=True), "mask": mask.to(rows[0].device)}
 
 
-def exists_here(name):
-    """False for what can be a name on the hub.  UserError if it is neither that nor a path."""
-    if Path(name).exists():
-        return True
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not name.endswith((".tar", ".gz", ".tgz")):
-        return False
-    raise UserError(f"{name}: no such file or folder, nor a name on the hub (OWNER/NAME)")
-
-
-def pretrained(cls, folder, part, **how):
-    try:
-        return cls.from_pretrained(folder, subfolder=part, trust_remote_code=False, **how)
-    except Exception as error:  # damaged files can raise nearly anything
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise UserError(f"{folder}: its {part.replace('_', ' ')} cannot be loaded ({reason})") from None
-
-
-def quiet():
-    """Silence the libraries' own bars and warnings: what matters in them is an error here, in our words."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-
 class TextEncoder:
     """encoder(prompts) -> {"caption": (B, L, width), "mask": (B, L) int64, 1 = keep}, no gradients.
 
@@ -140,13 +113,10 @@ class TextEncoder:
         from transformers import AutoTokenizer, T5EncoderModel  # here: importing them takes seconds
 
         self.tokenizer = pretrained(AutoTokenizer, folder, "tokenizer")
-        how = dict(dtype=dtype, output_loading_info=True)
-        model, found = pretrained(T5EncoderModel, folder, "text_encoder", **how)
-        if missing := sorted(found["missing_keys"]):  # transformers would make them up
-            raise UserError(f"{folder}: text encoder: there are no weights for {missing[0]}")
+        model = pretrained(T5EncoderModel, folder, "text_encoder", dtype=dtype)
         if len(self.tokenizer) > model.config.vocab_size or not self.tokenizer("").input_ids:
             raise UserError(f"{folder}: its tokenizer is not that of its text encoder")
-        self.model = model.to(device).eval().requires_grad_(False)
+        self.model = model.to(device)
         self.name, self.width = str(folder), model.config.d_model
         self.max_tokens, self.truncated = max_tokens, 0
 
