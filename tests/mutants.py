@@ -125,7 +125,8 @@ PLANE = {
     "psi's loss without its weight": (TRAIN_2D, "normal(), fake_weight(sigma)).mean()", "normal()).mean()"),
     "psi's loss summed": (TRAIN_2D, "normal(), fake_weight(sigma)).mean()", "normal(), fake_weight(sigma)).sum()"),
     "theta's loss summed": (TRAIN_2D, "loss = losses.mean()", "loss = losses.sum()"),
-    "Listing 1 with lambda_EDM": (TRAIN_2D, 'return vp_weight if cfg.network == "vp" else', "return"),
+    "Listing 1 with lambda_EDM": (TRAIN_2D, '"vp": vp_weight', '"vp": edm'),
+    "flow with lambda_EDM": (TRAIN_2D, '"flow": flow_weight', '"flow": edm'),
     "gradients add up": (TRAIN_2D, "    optimiser.zero_grad()\n", ""),
     "psi keeps theta's gradients": (TRAIN_2D, "run.fake.requires_grad_(False), normal()", "run.fake, normal()"),
     "--fake-updates ignored": (TRAIN_2D, "range(cfg.fake_updates if learned else 0)", "range(1 if learned else 0)"),
@@ -146,7 +147,7 @@ PLANE = {
     "--distance ignored": (CONFIG_2D, "make_distance(cfg.distance, **given)", 'make_distance("pseudo_huber", c=cfg.c or 0.1)'),
     **{f"--{name} dropped": (CONFIG_2D, '("c", "delta", "alpha", "beta")', str(tuple({"c", "delta", "alpha", "beta"} - {name}))) for name in ("c", "delta", "alpha", "beta")},
     "karras for sim": ("toy/command.py", "return named[name] if", 'return named["karras" if name == "sim" else name] if'),
-    "vp levels for edm's": ("toy/config.py", '{"vp": vp_sigma}', '{"vp": vp_sigma, "edm": vp_sigma}'),
+    "vp levels for edm's": ("toy/config.py", '{"vp": vp_sigma, ', '{"vp": vp_sigma, "edm": vp_sigma, '),
     "a generator that is not the teacher": (TRAIN_2D, "Generator(copy.deepcopy(teacher)", "Generator(make_denoiser(cfg, make_target(cfg.target))"),
     "teacher: beta1 0": (TRAIN_2D, "(0.9, 0.99)", "(0.0, 0.99)"),
     "teacher: beta2": (TRAIN_2D, "(0.9, 0.99)", "(0.9, 0.999)"),
@@ -159,8 +160,8 @@ PLANE = {
     "--sigma-std ignored": ("toy/command.py", "mean=mean, std=std)", "mean=mean, std=1.2)"),
     "--sigma-mean ignored": ("toy/command.py", "mean=mean, std=std)", "mean=-1.2, std=std)"),
     "teacher: batch": (TRAIN_2D, "target.sample(batch, rng), draw_sigma(batch)", "target.sample(batch // 2, rng), draw_sigma(batch // 2)"),
-    "--width ignored": (TRAIN_2D, "VPDenoiser(width=cfg.width) if vp else Denoiser(width=cfg.width,", "VPDenoiser(width=cfg.width) if vp else Denoiser(width=8,"),
-    "network at sigma_data 0.5": (TRAIN_2D, "Denoiser(width=cfg.width, sigma_data=target.data_std())", "Denoiser(width=cfg.width)"),
+    "--width ignored": (TRAIN_2D, "[cfg.network](width=cfg.width)", "[cfg.network](width=8)"),
+    "network at sigma_data 0.5": (TRAIN_2D, "edm = partial(Denoiser, sigma_data=target.data_std())", "edm = Denoiser"),
     "evaluated: theta, not its average": (LOGBOOK, "samples, teacher = run.ema(z), heun(", "samples, teacher = run.generator(z), heun("),
     "evaluated: other latents": (LOGBOOK, "manual_seed(cfg.seed + 2)", "manual_seed(cfg.seed + 3)"),
 }  # fmt: skip
@@ -169,6 +170,9 @@ METRICS, MIXTURES, NETWORKS_2D, SAMPLER_2D = (
     f"toy/{name}.py" for name in "metrics mixtures networks sampler".split()
 )
 PLANE_PARTS = {
+    "flow: t forgotten": ("toy/networks.py", "return x - t * self.velocity(", "return x - self.velocity("),
+    "flow: xt not scaled": ("toy/networks.py", "t, x = s / (1 + s), xt / (1 + s)", "t, x = s / (1 + s), xt"),
+    "flow: its weight on noise": ("toy/networks.py", "(1 + 1 / sigma) ** 2", "1 / sigma**2"),
     "energy: cross term once": (METRICS, "return 2 * mean_distance(x, y)", "return mean_distance(x, y)"),
     "energy: within the samples": (METRICS, "- mean_distance(x, x) - within_y", "- within_y"),
     "energy: within the data": (METRICS, "- mean_distance(x, x) - within_y", "- mean_distance(x, x)"),

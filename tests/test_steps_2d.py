@@ -16,10 +16,11 @@ from toy import logbook, train_2d
 from toy.config import MACHINE, Config, resolve
 from toy.folder import Folder
 from toy.mixtures import make_target
-from toy.networks import Denoiser, VPDenoiser, mlp, vp_betas, vp_sigmas
+from toy.networks import Denoiser, FlowDenoiser, VPDenoiser, mlp, vp_betas, vp_sigmas
 
 TINY = dict(steps=4, warmup=2, batch=16, width=8, bank=32, fake_lr=0.03, samples=20, no_pictures=True)
 VP = dict(sigma_distribution="vp", fake_sigma_distribution="vp", network="vp")
+FLOW = dict(fake_sigma_distribution="flow", network="flow")
 METHODS = Config.__dataclass_fields__["method"].metadata["choices"]
 
 MANY = dict(target="grid", seed=3, c=0.7, sigma_distribution="pixart", fake_sigma_distribution="karras",
@@ -38,7 +39,8 @@ OPTIONS = [  # each case is about its last option, and the first ones see the mo
     *(dict(sigma_distribution=name) for name in ("sim", "karras", "pixart")),
     dict(fake="exact", space="noise"), dict(target="grid", weighting="edm"),
     dict(space="score", weighting="sid"), dict(method="sid", weighting="sid"),
-    *(dict(fake_sigma_distribution=name) for name in ("sim", "karras", "pixart", "vp")),
+    *(dict(fake_sigma_distribution=name) for name in ("sim", "karras", "pixart", "vp", "flow")),
+    dict(network="flow"), dict(sigma_distribution="flow"), dict(network="flow", width=12),
     dict(fake_updates=3), dict(warmup=0), dict(warmup=5), dict(steps=6), dict(batch=24), dict(lr=5e-3),
     dict(fake_lr=1e-3), dict(beta2=0.9), dict(schedule="constant"), dict(ema=0.1), dict(ema=0.0),
     dict(width=12), VP | dict(width=12), dict(sigma_init=1.3),
@@ -50,8 +52,8 @@ def config(**changes):
 
 
 def plain_network(cfg):
-    if cfg.network == "vp":
-        return VPDenoiser(width=cfg.width)
+    if cfg.network != "edm":
+        return (VPDenoiser if cfg.network == "vp" else FlowDenoiser)(width=cfg.width)
     return Denoiser(width=cfg.width, sigma_data=make_target(cfg.target).data_std())
 
 
@@ -68,10 +70,12 @@ def make_teacher(cfg):
 
 
 def draw_sigma(name, n, rng):
-    vp = name == "vp"
-    return (
-        vp_sigmas()[torch.randint(1, 1000, (n,), generator=rng)] if vp else by_hand.draw_sigma(name, n, rng)
-    )
+    if name == "vp":
+        return vp_sigmas()[torch.randint(1, 1000, (n,), generator=rng)]
+    if name == "flow":
+        t = 0.001 + 0.998 * torch.rand(n, generator=rng)
+        return t / (1 - t)
+    return by_hand.draw_sigma(name, n, rng)
 
 
 def exact_denoiser(means, stds):
@@ -87,11 +91,13 @@ def exact_denoiser(means, stds):
 
 
 def denoising_loss(cfg, network, x0, sigma, noise):
-    """Weighted by lambda_EDM, or by Listing 1's T g^2 on scores of its process."""
+    """Weighted by lambda_EDM, or by Listing 1's T g^2 on scores of its process, or by 1 on velocities."""
     weight = by_hand.edm_weight(sigma, make_target(cfg.target).data_std())
     if cfg.network == "vp":
         t = (vp_sigmas() == sigma[:, None]).int().argmax(1)
         weight = 1000 * vp_betas()[t].float() * (1 + sigma**2) / sigma**4
+    if cfg.network == "flow":
+        weight = ((1 + sigma) / sigma) ** 2
     return by_hand.denoising_loss(network, x0, sigma, noise, weight)
 
 
@@ -153,7 +159,9 @@ def few_looks(monkeypatch):
     monkeypatch.setattr(logbook, "N_PROBE", 20)
 
 
-@pytest.mark.parametrize("options", [{}, dict(fake_sigma_distribution="sim"), VP, dict(width=12)], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, dict(fake_sigma_distribution="sim"), VP, FLOW, dict(width=12)], ids=str
+)
 def test_the_teacher_is_its_steps_by_hand(options):
     cfg = config(teacher_steps=75, **options)
     target, rng = make_target(cfg.target), torch.Generator().manual_seed(0)

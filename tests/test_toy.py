@@ -9,7 +9,18 @@ import torch
 import sim_core as sim
 from toy import metrics, plots
 from toy.mixtures import TARGETS, Mixture, equal_mixture, make_target
-from toy.networks import Denoiser, Generator, VPDenoiser, vp_betas, vp_sigma, vp_sigmas, vp_weight
+from toy.networks import (
+    Denoiser,
+    FlowDenoiser,
+    Generator,
+    VPDenoiser,
+    flow_sigma,
+    flow_weight,
+    vp_betas,
+    vp_sigma,
+    vp_sigmas,
+    vp_weight,
+)
 from toy.sampler import heun
 
 
@@ -216,6 +227,38 @@ def test_vp_adapter_feeds_the_network_what_listing_1_does():
     epsilon = network.epsilon(torch.cat([x_vp, t[:, None] / 1000], 1))
     xt = sim.add_noise(x0, sigma, noise)
     assert (network(xt, sigma) - (xt - sigma[:, None] * epsilon)).abs().max() < 1e-4
+
+
+def test_a_velocity_network_is_a_denoiser():
+    """Of the exact velocity E[noise - x0 | x_t] on the straight path, the exact denoiser; in float64."""
+    target, network = make_target("grid"), FlowDenoiser(width=8)
+    exact = Mixture(target.means.double(), target.stds.double(), target.weights.double())
+    sigma = torch.logspace(-3, 3, 40, dtype=torch.float64)
+    xt = sim.add_noise(exact.sample(40), sigma, torch.randn(40, 2, dtype=torch.float64))
+
+    def velocity(given):
+        x_t, t = given[:, :2], given[:, 2]
+        x0 = exact.denoiser(x_t / (1 - t[:, None]), t / (1 - t))
+        return (x_t - (1 - t[:, None]) * x0) / t[:, None] - x0
+
+    network.velocity.forward = velocity
+    assert (network(xt, sigma) - exact.denoiser(xt, sigma)).abs().max() < 1e-9
+    x0, noise = torch.randn(2, 40, 2, dtype=torch.float64)
+    t = (sigma / (1 + sigma))[:, None]
+    network.velocity.forward = lambda given: (
+        noise - x0 if torch.allclose(given[:, :2], (1 - t) * x0 + t * noise) else 0
+    )
+    assert (network(sim.add_noise(x0, sigma, noise), sigma) - x0).abs().max() < 1e-9
+
+
+def test_levels_and_weight_of_a_flow():
+    sigma = flow_sigma(100_000, generator=rng())
+    t = sigma / (1 + sigma)
+    assert t.min() > 0.0009 and t.max() < 0.9991 and abs(t.mean() - 0.5) < 0.005
+    assert flow_weight(1.0) == 4.0  # D - x0 = -t (v - v'), t = 1/2
+    logit = torch.sigmoid(0.3 + 0.7 * torch.randn(100_000, generator=rng()))  # logit-normal t
+    same = sim.lognormal_sigma(100_000, mean=0.3, std=0.7, generator=rng(), dtype=torch.float32)
+    assert (logit / (1 - logit) / same - 1).abs().max() < 1e-4
 
 
 def test_heun_follows_the_flow_of_a_gaussian():

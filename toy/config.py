@@ -10,9 +10,9 @@ import sim_core as sim
 from toy.command import Parser, add_options, at_least, check_ranges, option, sigma_sampler
 from toy.files import UserError
 from toy.mixtures import TARGETS
-from toy.networks import vp_sigma
+from toy.networks import flow_sigma, vp_sigma
 
-SIGMAS = sim.SIGMA_DISTRIBUTIONS | {"vp": vp_sigma}
+SIGMAS = sim.SIGMA_DISTRIBUTIONS | {"vp": vp_sigma, "flow": flow_sigma}
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ class Config:
         0.999, "decay of the generator's moving average, which is what gets evaluated", within="below one"
     )
     # networks
-    network: str = option("edm", "vp: the plain networks and the process of Listing 1", ("edm", "vp"))
+    network: str = option("edm", "vp: the plain networks and the process of Listing 1; flow: a plain network "
+                          "of the velocity on a straight path", ("edm", "vp", "flow"))  # fmt: skip
     width: int = option(None, "hidden units per layer (default: by target)", within="many")
     sigma_init: float = option(2.5, "sigma* of the generator g(z) = D(sigma* z; sigma*)", within="positive")
     teacher_steps: int = option(
@@ -94,6 +95,8 @@ PRESETS = {
     # Listing 1: VP, T = 1000, eps-network on cat[xt, t/T], g^2 weight; no warm-up, schedule or EMA.
     "listing1": dict(network="vp", sigma_distribution="vp", fake_sigma_distribution="vp", fake_updates=2,
                      batch=2000, lr=1e-3, fake_lr=1e-3, beta2=0.999, warmup=0, schedule="constant", ema=0.0),
+    # A teacher of the new kind: rectified flow, t uniform.
+    "flow": dict(network="flow", fake_sigma_distribution="flow"),
     # Algorithm 2 and Table 5; its learning rate 1e-5 is for pre-trained U-Nets, a small MLP needs 1e-3.
     "algorithm2": dict(sigma_distribution="sim", batch=256, lr=1e-3, fake_lr=1e-3, beta2=0.999, warmup=0,
                        schedule="constant"),

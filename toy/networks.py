@@ -112,3 +112,36 @@ class VPDenoiser(nn.Module):
         t = torch.searchsorted(self.sigmas, sigma.contiguous()).clamp_max(VP_STEPS - 1).float()
         s = sigma[:, None]
         return xt - s * self.epsilon(torch.cat([xt * (1 + s**2).rsqrt(), t[:, None] / VP_STEPS], 1))
+
+
+# ------------------------------------------------------------------------------------------------
+# Rectified flow: the straight path x_t = (1 - t) x0 + t noise, and its velocity v = noise - x0.
+# Dividing by 1 - t gives the EDM form with sigma = t / (1 - t).
+
+
+def flow_sigma(n, *, generator=None, dtype=torch.float32):
+    """n draws of t / (1 - t), t uniform from 0.001 to 0.999.  Of a logit-normal t, sigma is log-normal."""
+    device = generator.device if generator else None
+    t = 0.001 + 0.998 * torch.rand(n, generator=generator, device=device, dtype=dtype)
+    return t / (1 - t)
+
+
+def flow_weight(sigma):
+    """1 / t^2: weight 1 on velocities, for denoised errors."""
+    return (1 + 1 / sigma) ** 2
+
+
+class FlowDenoiser(nn.Module):
+    """A velocity network on cat[x_t, t] as a denoiser:
+
+    D(xt; sigma) = x_t - t v(x_t, t),   t = sigma / (1 + sigma),   x_t = xt / (1 + sigma).
+    """
+
+    def __init__(self, dim=2, width=128, depth=3):
+        super().__init__()
+        self.velocity = mlp([dim + 1] + [width] * depth + [dim])
+
+    def forward(self, xt, sigma):
+        s = per_sample(sigma, xt)[:, None]
+        t, x = s / (1 + s), xt / (1 + s)
+        return x - t * self.velocity(torch.cat([x, t], 1))

@@ -5,6 +5,7 @@
     python toy/train_2d.py --distance l2 --seed 3    # another row of Table 4
     python toy/train_2d.py --fake exact              # no online network: its score in closed form
     python toy/train_2d.py --preset listing1         # the paper's pseudo-code, made to run
+    python toy/train_2d.py --preset flow             # a teacher of the new kind: it predicts a velocity
 
 A teacher learns the target by denoising score matching and is copied into the generator and the
 online ("fake") network; then the two losses of sim_core alternate.  What a run learns is in its
@@ -34,7 +35,7 @@ from toy.folder import Folder
 from toy.logbook import Diverged, Log, finish
 from toy.metrics import sample_law
 from toy.mixtures import make_target
-from toy.networks import Denoiser, Generator, VPDenoiser, mlp, vp_weight
+from toy.networks import Denoiser, FlowDenoiser, Generator, VPDenoiser, flow_weight, mlp, vp_weight
 
 LOGS = 40  # rows of the log and frames of the movie, denser at first, when most happens
 
@@ -64,14 +65,14 @@ def update(optimiser, loss):
 
 
 def make_denoiser(cfg, target):
-    vp = cfg.network == "vp"
-    network = VPDenoiser(width=cfg.width) if vp else Denoiser(width=cfg.width, sigma_data=target.data_std())
-    return network.to(cfg.device)
+    edm = partial(Denoiser, sigma_data=target.data_std())
+    return {"edm": edm, "vp": VPDenoiser, "flow": FlowDenoiser}[cfg.network](width=cfg.width).to(cfg.device)
 
 
 def score_matching_weight(cfg, target):
-    """Of the teacher's and the online network's loss: lambda_EDM (B.7), or Listing 1's T g^2."""
-    return vp_weight if cfg.network == "vp" else partial(sim.edm_weight, sigma_data=target.data_std())
+    """Of the teacher's and psi's loss: lambda_EDM (B.7), Listing 1's T g^2, or 1 on velocities."""
+    edm = partial(sim.edm_weight, sigma_data=target.data_std())
+    return {"edm": edm, "vp": vp_weight, "flow": flow_weight}[cfg.network]
 
 
 def train_teacher(cfg, target, rng, batch=1024, lr=5e-3):
