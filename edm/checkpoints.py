@@ -4,14 +4,11 @@
     python edm/checkpoints.py convert sid-cifar10-cond.pkl generator.safetensors --sigma-init 2.5
     python edm/checkpoints.py show teacher.safetensors
 
-Our files are safetensors with two JSON texts in the metadata: "config", the arguments of EDMPrecond,
-and "about", whatever the writer noted.  `load` reads both kinds and tells them apart by content.
 A note sigma_init makes a denoiser a one-step generator, g(z) = D(sigma_init z; sigma_init).  No .pkl names
 one, neither teachers nor the one-step generators that others released in EDM's format: --sigma-init does.
 
-A .pkl is a program that builds Python objects, and those of EDM carry source code besides.  Here every
-name in it is replaced by a record of its arguments (`TABLE`); the weights are then picked out of those
-records.  Nothing in the file runs, and its source code is never looked at.
+A .pkl is a program that builds Python objects, and those of EDM carry source code besides.  Nothing in the
+file runs, and its source code is never looked at.
 """
 
 import json
@@ -24,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 from edm.config import SIGMA_INIT
 from edm.images.checkpoints import load, save
 from toy import command
-from toy.files import UserError
+from toy.files import check_new
 
 
 def describe(network):
@@ -37,8 +34,7 @@ def describe(network):
 
 
 def convert(args):
-    if args.output.exists():
-        raise UserError(f"{args.output}: exists already; choose another name or remove it")
+    check_new(args.output)
     network, about = load(args.file, args.sigma_init)
     save(args.output, network, **about | {"converted_from": args.file.name})
     print(f"wrote {args.output}: {describe(network)}")

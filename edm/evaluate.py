@@ -42,7 +42,7 @@ from edm.text.pretrained import quiet
 from edm.text.prompts import DTYPES, TextEncoder
 from edm.text.sampler import draw, find_prompts, make_encode
 from toy.command import at_least, check_ranges, option
-from toy.files import UserError, replacing
+from toy.files import UserError, check_new, replacing
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,7 @@ def check(cfg):
     check_ranges(cfg)
     if not text and (cfg.samples or LEAST_IMAGES) < LEAST_IMAGES:
         raise UserError(f"--samples must be at least {LEAST_IMAGES}, got {cfg.samples}")
-    if Path(cfg.out).exists():
-        raise UserError(f"{cfg.out}: exists already, and nothing is overwritten; choose another --out")
+    check_new(cfg.out)
     if not Path(cfg.out).parent.is_dir():
         raise UserError(f"{Path(cfg.out).parent}: no such folder, for --out")
     if cfg.trust and not cfg.inception:

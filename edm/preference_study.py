@@ -29,16 +29,10 @@ from scipy.stats import binomtest
 from edm.images.foreign import read_json
 from edm.text.prompts import read_prompts
 from toy import command
-from toy.files import UserError, naming, replacing
+from toy.files import UserError, check_new, naming, replacing
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 DATE = 946_684_800  # the year 2000; zip files know none before 1980
-
-
-def check_free(*paths):
-    for path in paths:
-        if path and path.exists():
-            raise UserError(f"{path}: exists already, and nothing is overwritten; choose another name")
 
 
 def image_files(folder):
@@ -86,7 +80,7 @@ def build(args):
     out, key = args.out, args.key or args.out.with_name(args.out.name + ".key.json")
     if key.resolve().is_relative_to(out.resolve()):
         raise UserError(f"{key}: the key must not lie in the folder that participants get")
-    check_free(out, key)
+    check_new(out), check_new(key)
     prompts, a, b = read_prompts(args.prompts), image_files(args.folder_a), image_files(args.folder_b)
     if not 0 < len(prompts) == len(a) == len(b):
         folders = f"{len(a)} images in {args.folder_a} and {len(b)} in {args.folder_b}"
@@ -204,7 +198,8 @@ def figure(key, rows):
 
 
 def tally(args):
-    check_free(args.out, args.figure)
+    for path in filter(None, (args.out, args.figure)):
+        check_new(path)
     if args.out and args.figure and args.out.absolute() == args.figure.absolute():
         raise UserError(f"{args.out}: --out and --figure are one file")
     key, everyone, seen = read_key(args.key), [], {}

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from edm.text.pretrained import exists_here, quiet
 from edm.text.prompts import DTYPES, MAX_TOKENS, SOURCE, TextEncoder, header, read_prompts
 from toy import command as command_line
-from toy.files import UserError, lock, naming
+from toy.files import UserError, check_new, lock, naming
 
 
 @contextmanager
@@ -41,8 +41,7 @@ def growing(path):
     held = lock(lock_file, part)
     with open(part, "a+b") as file:
         try:
-            if path.exists():
-                raise UserError(f"{path}: exists already; choose another name or remove it")
+            check_new(path)
             file.seek(0)
             yield file
             file.flush()

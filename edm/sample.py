@@ -31,7 +31,7 @@ from edm.images import checkpoints
 from edm.images.sampler import make_sampler, parse_seeds, sample_batches
 from edm.training import plots
 from toy.command import check_ranges, option
-from toy.files import UserError, replacing
+from toy.files import UserError, check_new, replacing
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,7 @@ def check(cfg):
     """What can be refused before anything is read."""
     check_ranges(cfg)
     out, several = Path(cfg.out), processes()
-    if out.exists() and not (kind_of(out) == "folder" and out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out}: exists already, and nothing is overwritten; choose another --out")
+    check_new(out, folder=kind_of(out) == "folder")
     find_device(cfg.device)
     if several > 1 and kind_of(out) != "folder":
         raise UserError(f"{out}: {several} processes write into a folder only")

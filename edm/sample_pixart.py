@@ -39,7 +39,7 @@ from edm.text.prompts import TextEncoder
 from edm.text.sampler import draw, find_prompts, make_encode, student_sampler, teacher_sampler
 from edm.training import plots
 from toy.command import check_ranges, option
-from toy.files import UserError, replacing
+from toy.files import UserError, check_new, replacing
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,8 @@ def check(cfg):
     check_ranges(cfg)
     if not cfg.out and not cfg.export:
         raise UserError("nothing to do: give --out, for images, or --export")
-    for path in map(Path, filter(None, (cfg.out, cfg.export))):
-        if path.exists() and not (str(path) == cfg.out and path.is_dir() and not any(path.iterdir())):
-            raise UserError(f"{path}: exists already, and nothing is overwritten; choose another name")
+    for path in filter(None, (cfg.out, cfg.export)):
+        check_new(path, folder=path == cfg.out and kind_of(path) == "folder")
     find_device(cfg.device)
 
 

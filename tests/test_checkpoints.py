@@ -622,7 +622,7 @@ def test_command_line_errors(tmp_path, capsys):
     for args, message in (
         (["convert", bad, out], f"error: {bad}: not a readable pickle"),
         (["convert", bad + "x", out], f"error: {bad}x: No such file or directory"),
-        (["convert", good, good], f"error: {good}: exists already; choose another name or remove it"),
+        (["convert", good, good], f"error: {good}: exists already, and nothing is overwritten"),
         (["convert", good, nowhere], "No such file or directory"),
         (["show", bad], f"error: {bad}: not a readable pickle"),
         (["show"], "error: the following arguments are required: file"),

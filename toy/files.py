@@ -102,6 +102,13 @@ def check_writable(path):
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
+def check_new(path, folder=False):
+    """Raise UserError if it exists: nothing is overwritten.  folder: an empty one may be there."""
+    path = Path(path)
+    if path.exists() and not (folder and path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path}: exists already, and nothing is overwritten; choose another name")
+
+
 def digest(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -1,4 +1,7 @@
-"""EDM's .pkl files, read without executing them: records instead of objects, then weights out of records."""
+"""EDM's .pkl files, read without executing them.
+
+Every name in one is replaced by a record of its arguments (`TABLE`); weights are picked out of the records.
+"""
 
 import io
 import pickle

@@ -32,7 +32,7 @@ from edm.images.pth import read_pth
 from edm.text.pixart import PixArtDenoiser, sigma_of_t
 from edm.text.pixart_names import POSITIONS, from_original
 from edm.text.pretrained import pretrained
-from toy.files import UserError, naming
+from toy.files import UserError, check_new, naming
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -180,8 +180,7 @@ def write_pipeline(transformer, sigma_init, folder, out):
     folder: of `find_pipeline`; its PARTS are linked or, across disks, copied.  out: must not exist.
     """
     out = Path(out)
-    if out.exists():
-        raise UserError(f"{out}: exists already, and nothing is overwritten")
+    check_new(out)
     with naming(folder / "model_index.json"):
         index = read_json(folder / "model_index.json")
     classes = {"transformer": "PixArtTransformer2DModel", "scheduler": "EulerDiscreteScheduler"}
