@@ -4,7 +4,9 @@ With finitely many latents the generator's law at a noise level is a mixture tha
 r and y.  The expectation in (1) of `f_divergences` is a sum over a grid, or, as in training, over samples.
 """
 
+import copy
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -17,7 +19,7 @@ from toy.mixtures import Mixture, make_target
 from toy.networks import mlp
 from toy.plots import BLUE, ORANGE
 
-HALF = 1.5  # of the grid's side, and of a panel's
+GRID, HALF = 1.8, 1.5  # half the side of the grid, of a panel
 WIDE = 5  # panels in a row of the figure
 
 
@@ -51,14 +53,16 @@ def finite(name, scene, target):
     return name != "neyman" or (target.stds.max() < scene.sigma).item()
 
 
-def start(scene, rng, target):
+@cache
+def start(latents, missing, seed):
     """(latents, a small MLP generator), fitted to the modes that are not missing."""
-    z = torch.randn(scene.latents, 2, generator=rng, dtype=torch.float64)
-    net = mlp([2, 64, 64, 2]).double()
-    if scene.missing is None:
+    torch.manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
+    z, net = torch.randn(latents, 2, generator=rng, dtype=torch.float64), mlp([2, 64, 64, 2]).double()
+    if missing is None:
         return z, net
     place = torch.atan2(z[:, 1], z[:, 0]).argsort().argsort()  # round the ring, as the latents lie
-    goal = target.means[scene.missing :][place * (8 - scene.missing) // scene.latents]
+    goal = ring().means[missing:][place * (8 - missing) // latents]
     goal = goal + 0.05 * torch.randn(goal.shape, generator=rng, dtype=torch.float64)
     optimiser = torch.optim.Adam(net.parameters(), 5e-3)
     for _ in range(600):
@@ -75,16 +79,15 @@ def shares(scene, means, rng):
         k = torch.randint(K, (scene.draws,), generator=rng)
         x = means[k] + s * torch.randn(scene.draws, 2, generator=rng, dtype=torch.float64)
         return x, torch.nn.functional.one_hot(k, K).to(x) / scene.draws
-    x, cell = plane(HALF, 1 + math.ceil(2 * HALF / (0.8 * s)), 2)
+    x, cell = plane(GRID, 1 + math.ceil(2 * GRID / (0.8 * s)), 2)
     density = torch.exp(-(x[:, None] - means).square().sum(2) / (2 * s**2)) / (2 * math.pi * s**2)
     return x, density * cell / K
 
 
 def descend(row, scene, seed, target):
     """(1) at one noise level, h over its mean, as f-distill has it -> the generator's points (K, 2)."""
-    torch.manual_seed(seed)
     rng, s = torch.Generator().manual_seed(seed), scene.sigma
-    z, net = start(scene, rng, target)
+    z, net = copy.deepcopy(start(scene.latents, scene.missing, seed))
     optimiser = torch.optim.Adam(net.parameters(), scene.lr, betas=(0.0, 0.99))
     for _ in range(scene.steps):
         points = net(z)
@@ -141,7 +144,7 @@ def print_table(table):
 
 
 def figure(points):
-    """points: {(scene, row): (K, 2)}, on q at the scene's level; of the scenes on the grid."""
+    """points: {(scene, row): (K, 2)}, on q at the scene's level, strays at the edge; scenes on the grid."""
     shown, target = [key for key, scene in SCENES.items() if not scene.draws], ring()
     rows = -(-len(ROWS) // WIDE)
     fig = Figure(figsize=(1.6 * WIDE, 1.75 * rows * len(shown) + 0.5), layout="constrained")
@@ -151,10 +154,16 @@ def figure(points):
         density = target.log_density(x, SCENES[key].sigma).exp().reshape(121, 121).T
         for ax, name in zip(part.subplots(rows, WIDE).flat, ROWS):
             ax.imshow(density, "Greys", extent=(-HALF, HALF) * 2, origin="lower", vmax=2 * density.max())
-            ax.set(xticks=[], yticks=[])
+            ax.set(xticks=[], yticks=[], xlim=(-HALF, HALF), ylim=(-HALF, HALF))
             ax.set_title(name.replace("_", " "), fontsize=9)
             if (key, name) in points:
-                ax.scatter(*points[key, name].T, s=14, c=ORANGE, edgecolors="k", linewidths=0.4)
+                ax.scatter(
+                    *points[key, name].clamp(-0.95 * HALF, 0.95 * HALF).T,
+                    s=14,
+                    c=ORANGE,
+                    edgecolors="k",
+                    linewidths=0.4,
+                )
             else:
                 ax.text(0, 0, "no value", ha="center", va="center", color=BLUE)
     return fig
