@@ -37,7 +37,7 @@ TOLERANCE = {"f'', h": 1e-12, "(1)": 1e-12, "(2)": 1e-12, "(3)": 1e-10}
 # q^2 / p has tails of variance 1 / (2 / var q - 1 / var p), far out: at some seeds the grid ends in them.
 HEAVY = {"neyman": {"(1)": 1e-5, "(2)": 1e-5, "(3)": 1e-3}}
 WRONG = ("1/r for r", "no r h'", "h stopped")  # what a wrong variant must be off by, at least:
-VISIBLE = 1e-2
+VISIBLE = 1e-3
 LEVELS = SIGMA, 3.0  # sigma_0, sigma_1
 NODES, COARSE = 140, 80  # an axis, for what must be right and for what must be wrong
 
