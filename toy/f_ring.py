@@ -134,12 +134,12 @@ def print_table(table):
     print("\nA ring of 8 modes under each, r and scores exact; a value for each seed")
     for key, scene in SCENES.items():
         print(
-            f"\n{scene.title + f', sigma = {scene.sigma}':54s} modes    near a mode  weights off by  floors"
+            f"\n{scene.title + f', sigma = {scene.sigma}':54s}    modes       near a mode   weights off by   floors"
         )
         for name in ROWS:
             runs = [run for run in table if (run["scene"], run["divergence"]) == (key, name)]
             cells = [", ".join(form.format(run[c]) for run in runs) for c, form in forms.items()]
-            line = "{:>9s} {:>14s} {:>15s}  {}".format(*cells) if runs else "no value at this sigma"
+            line = "{:>9s}  {:>16s} {:>16s}   {}".format(*cells) if runs else "no value at this sigma"
             print(f"  {name:48s} {line}")
 
 
