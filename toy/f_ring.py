@@ -133,9 +133,8 @@ def print_table(table):
     }
     print("\nA ring of 8 modes under each, r and scores exact; a value for each seed")
     for key, scene in SCENES.items():
-        print(
-            f"\n{scene.title + f', sigma = {scene.sigma}':54s}    modes       near a mode   weights off by   floors"
-        )
+        title = f"{scene.title}, sigma = {scene.sigma}"
+        print(f"\n{title:54s}    modes       near a mode   weights off by   floors")
         for name in ROWS:
             runs = [run for run in table if (run["scene"], run["divergence"]) == (key, name)]
             cells = [", ".join(form.format(run[c]) for run in runs) for c, form in forms.items()]
