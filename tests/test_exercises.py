@@ -109,7 +109,7 @@ def drifting(n, m, s, rng):
 SOLVED = {name: getattr(solutions, name) for name in QUICK}
 A_READERS = [  # as somebody would write them, who has not seen the list of mistakes
     ("score_from_denoiser", lambda D, xt, s: (D - xt) / s**2, "raises RuntimeError.*sigma\\[:, None\\]"),
-    ("score_from_denoiser", lambda D, xt, s: 2 * (D - xt) / s[:, None] ** 2, "a factor of 2 is too much"),
+    ("score_from_denoiser", lambda D, xt, s: 2 * (D - xt) / s[:, None] ** 2, "it is 2 times the right one"),
     ("score_from_denoiser", lambda D, xt, s: ((D - xt) / s[:, None] ** 2).float(), "returns torch.float32"),
     (
         "score_from_denoiser",
@@ -136,11 +136,15 @@ A_READERS = [  # as somebody would write them, who has not seen the list of mist
         "beta is missing",
     ),
     ("pseudo_huber_gradient", lambda y, c: 2 * SOLVED["pseudo_huber_gradient"](y, c), "Table 4's factor 2"),
-    ("pseudo_huber_gradient", lambda y, c: -4 * SOLVED["pseudo_huber_gradient"](y, c), "a factor of -4"),
+    (
+        "pseudo_huber_gradient",
+        lambda y, c: -4 * SOLVED["pseudo_huber_gradient"](y, c),
+        "it is -4 times the right one",
+    ),
     ("surrogate", lambda g, f, q, x: -(g(q - f) * (f - x)).sum(1), "sign is flipped"),
     ("surrogate", lambda g, f, q, x: -(g(f - q) * (f - x)).sum(1).mean(), "too much is summed"),
     ("surrogate", lambda g, f, q, x: -g(f - q) * (f - x), "a sum over coordinates, or a mean, is missing"),
-    ("surrogate", lambda g, f, q, x: -2 * (g(f - q) * (f - x)).sum(1), "a factor of 2 is too much"),
+    ("surrogate", lambda g, f, q, x: -2 * (g(f - q) * (f - x)).sum(1), "it is 2 times the right one"),
     (
         "surrogate",
         no_grad(SOLVED["surrogate"]),
@@ -159,11 +163,12 @@ A_READERS = [  # as somebody would write them, who has not seen the list of mist
     ("draw_sigma", lambda n, m, s, rng: torch.randn(n, 1, generator=rng).exp(), "returns shape"),
     ("draw_sigma", lambda n, m, s, rng: torch.randn(n, generator=rng).exp(), "no mistake that is known"),
     ("edm_weight", lambda s, d: (s**2 + d**2) / (s * d), "denominator is not squared"),
+    ("fake_loss", lambda *given: SOLVED["fake_loss"](*given) / 2, "a factor 1/2, or a mean"),
     ("fake_loss", lambda f, x, s, e, w: w * (f(x + s[:, None] * e, s) - x).square().sum(1), "reaches theta"),
     (
         "generator_loss",
         lambda q, f, x, s, e, c: 3 * SOLVED["generator_loss"](q, f, x, s, e, c),
-        "a factor of 3",
+        "it is 3 times the right one",
     ),
 ]
 
@@ -193,14 +198,20 @@ def test_an_open_hole_is_told_by_its_name():
     assert line == "generator_loss: it needs pseudo_huber_gradient, which is not filled in yet"
 
 
-def test_an_answer_that_writes_over_its_inputs_spoils_nothing():
-    def spoiling(u, score, x0, sigma, noise):
-        xt = x0.add_(noise.mul_(sigma[:, None]))
-        return (u(xt) * (score(xt, sigma) + noise / sigma[:, None] ** 2)).sum(1).mean()
+@pytest.mark.parametrize(
+    "name, where", [("projection_mean", (3, 4)), ("fake_loss", (2, 3)), ("generator_loss", (3, 4))]
+)
+def test_an_answer_that_writes_over_its_inputs_spoils_nothing(name, where):
+    solution = getattr(solutions, name)
 
-    for _ in range(2):
-        assert marked("projection_mean", spoiling)[0]
-    assert marked("projection_mean", solutions.projection_mean)[0]
+    def spoiling(*given):
+        sound = solution(*(g.clone() if torch.is_tensor(g) else g for g in given))
+        for i in where:
+            given[i].mul_(math.nan)
+        return sound
+
+    for answer in (spoiling, spoiling, solution):
+        assert marked(name, answer)[0]
 
 
 def test_a_loop_without_end_ends():
@@ -286,6 +297,11 @@ def test_the_notebook_is_not_executed_and_gives_nothing_away():
         line.strip() for name in HOLES for line in inspect.getsource(SOLVED.get(name, check)).splitlines()[1:]
     ]
     assert not [line for line in lines if len(line) > 25 and line in text]
+
+
+def test_the_page_counts_the_mistakes():
+    page = (ROOT / "toy/README.md").read_text(encoding="utf-8")
+    assert f"as {len(KNOWN)} known mistakes are compared with it" in page
 
 
 def test_marks_know_nothing_of_the_solutions():

@@ -1,13 +1,22 @@
-"""Short trainings for the notebooks: seconds on one core, and a judgement of their samples."""
+"""What the notebooks do besides the mathematics: short trainings, quiet commands, small pictures."""
 
-from functools import cache
+import io
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager, redirect_stderr
+from functools import cache, partial
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import sim_core as sim
 from toy import metrics, plots, train_2d
-from toy.config import Config, resolve
+from toy.config import Config, resolve, settings
+from toy.folder import Folder
+from toy.logbook import Diverged, Log
 from toy.marking import Wrong
 from toy.mixtures import equal_mixture, make_target
 
@@ -25,10 +34,66 @@ def show(figure):
     display(Image(plots.png(figure)))
 
 
+@contextmanager
+def quiet():
+    """Without progress bars and warnings: they go into what is yielded."""
+    with redirect_stderr(io.StringIO()) as told:
+        yield told
+
+
 def short_teacher(target):
     """A small teacher of a mixture, always the same."""
     torch.manual_seed(0)
     return train_2d.train_teacher(resolve(Config(**SHORT)), target, rng())
+
+
+def student(target, teacher, loss=None, sigma=None, **changes):
+    """A short run of toy/train_2d.py's loop, with its usual log -> the run, and with it its `warnings`, and
+    `samples` of its moving average.
+
+    loss of (fake, teacher, target) and sigma(n, generator=, dtype=), theta's noise levels, take the place of
+    the settings' own; changes: settings.
+    """
+    cfg = resolve(Config(**SHORT | {"out": tempfile.mkdtemp()} | changes))
+    folder = Folder(cfg.out, settings(cfg))
+    folder.claim(resume=False, again=True)
+    run = train_2d.Run(cfg, teacher, rng(cfg.seed))
+    draw_sigma = sigma and partial(sigma, generator=run.rng, dtype=torch.float32)
+    with quiet() as told, tqdm(disable=True) as progress:
+        log = Log(cfg, folder, target, teacher, progress, 0.0)
+        try:
+            train_2d.distill(cfg, run, target, teacher, log, [], loss, draw_sigma)
+        except Diverged as error:
+            print(f"warning, {error}", file=told)
+    run.warnings = [line for line in told.getvalue().splitlines() if line.startswith("warning")]
+    with torch.no_grad():
+        run.samples = run.ema(torch.randn(2000, 2, generator=rng(6), dtype=torch.float32))
+    return run
+
+
+def verdict(run):
+    """The end of a run's log in a line."""
+    row = run.history[-1]
+    found = f"energy {row['energy_distance']:7.4f}, sharp {row['high_quality']:5.1%}, modes "
+    return (
+        found
+        + f"{row['modes_covered']} of {row['modes']}, error of their weights {row['mode_weight_error']:.2f}"
+    )
+
+
+def images_are_ready():
+    """Is edm/requirements.txt installed, as far as the digits need it?"""
+    return all(map(find_spec, ("accelerate", "PIL", "safetensors", "torchmetrics", "sklearn")))
+
+
+def digits_command(folder, script, options):
+    """A command of edm/ on the digits, run in a folder -> the lines it printed, or a loud failure."""
+    script = Path(__file__).resolve().parents[1] / "edm" / script
+    arguments = [sys.executable, str(script), "--preset", "digits", "--threads", "1", *options.split()]
+    done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return done.stdout.splitlines()
 
 
 @cache

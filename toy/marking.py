@@ -64,7 +64,7 @@ def factor(found, other):
 
 
 def spoken(k):
-    return "the sign is flipped" if abs(k + 1) < 1e-6 else f"a factor of {k:.4g} is too much"
+    return "the sign is flipped" if abs(k + 1) < 1e-6 else f"it is {k:.4g} times the right one"
 
 
 def spoken_list(names):

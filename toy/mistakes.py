@@ -17,7 +17,7 @@ def power(sigma, n):
 
 
 FLIPPED = "the sign is flipped: it points away from the data"
-MEAN = "a mean over the coordinates: an inner product sums over them"
+MEAN = "half of it: a factor 1/2, or a mean over the coordinates; an inner product sums over them"
 
 SCORE = {  # (denoised or x0, xt, sigma)
     FLIPPED: lambda D, xt, s: (xt - D) / power(s, 2),
@@ -72,7 +72,6 @@ EXP = {  # (y, alpha, beta)
     "the norm runs over the batch, too; each sample has its own": exp_row(
         inside=lambda y, a, b: b * (y**a).sum()
     ),
-    "the norm is of squares, not of powers alpha": exp_row(inside=lambda y, a, b: b * (y**2).sum(1, True)),
     "beta is missing in the exponent": exp_row(inside=lambda y, a, b: (y**a).sum(1, True)),
     "the 1 of d is still there; it has no derivative": exp_row(minus=1.0),
     "the exponential is detached": exp_row(inside=lambda y, a, b: b * (y.detach() ** a).sum(1, True)),
@@ -147,7 +146,9 @@ FULL = {  # (d, d', fake, teacher, target)
     D_DETACHED: lambda d, g, f, q, x: -dot(g(f - q).detach(), f - x) + d(f - q),
     "d looks at fake - target, not at y": lambda d, g, f, q, x: -dot(g(f - q), f - x) + d(f - x),
     "d(y) is halved": lambda d, g, f, q, x: -dot(g(f - q), f - x) + d(f - q) / 2,
-    MEAN: lambda d, g, f, q, x: -(g(f - q) * (f - x)).mean(1) + d(f - q),
+    "in the surrogate a mean over the coordinates: an inner product sums": lambda d, g, f, q, x: (
+        -(g(f - q) * (f - x)).mean(1) + d(f - q)
+    ),
 }
 ALPHAS = {
     "the two are exchanged": lambda: (0.5, 1.0),
@@ -159,7 +160,6 @@ ALPHAS = {
 
 SIGMA = {  # (n, mean, std, rng)
     "these are s; the level is exp(s)": lambda n, m, s, rng: m + s * torch.randn(n, generator=rng),
-    "10 to the power s; it is e": lambda n, m, s, rng: 10 ** (m + s * torch.randn(n, generator=rng)),
     "std is squared: N(mean, std^2) has the deviation std": lambda n, m, s, rng: (
         m + s**2 * torch.randn(n, generator=rng)
     ).exp(),
@@ -214,7 +214,7 @@ FAKE = {
         lambda f, x, xt, s, e, w: w * square(f(xt, s) - e)
     ),
     "the norm is not squared": denoising(lambda f, x, xt, s, e, w: w * (f(xt, s) - x).norm(dim=1)),
-    "a mean over the coordinates: a squared norm sums over them": denoising(
+    "half of it: a factor 1/2, or a mean over the coordinates; a squared norm sums over them": denoising(
         lambda f, x, xt, s, e, w: w * (f(xt, s) - x).square().mean(1)
     ),
     "the noise is scaled by sigma^2": denoising(lambda f, x, xt, s, e, w: w * square(f(xt, s) - x), level=2),

@@ -125,13 +125,14 @@ class Run:
         self.rng.set_state(state["rng"].cpu())
 
 
-def distill(cfg, run, target, teacher, log, stop):
-    """Alternate the two updates until cfg.steps or a signal in `stop`; log(run, losses) now and then."""
+def distill(cfg, run, target, teacher, log, stop, loss_of=None, draw_sigma=None):
+    """Alternate the two updates until cfg.steps or a signal in `stop`; log(run, losses) now and then.
+    loss_of, draw_sigma: for theta, others than those of cfg."""
     rng, batch = run.rng, cfg.batch
-    draw_sigma = sigma_sampler(cfg.sigma_distribution, rng)
+    draw_sigma = draw_sigma or sigma_sampler(cfg.sigma_distribution, rng)
     draw_fake_sigma = sigma_sampler(cfg.fake_sigma_distribution, rng)
     fake_weight, sigma_data = score_matching_weight(cfg, target), target.data_std()
-    loss_of, weight, learned = surrogate(cfg), sim.WEIGHTINGS[cfg.weighting], cfg.fake == "learned"
+    loss_of, weight, learned = loss_of or surrogate(cfg), sim.WEIGHTINGS[cfg.weighting], cfg.fake == "learned"
 
     def normal():
         return torch.randn(batch, 2, generator=rng, device=cfg.device, dtype=torch.float32)
