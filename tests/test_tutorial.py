@@ -14,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from toy import plots
+from toy import classroom, plots
 
 ROOT = Path(__file__).parents[1]
-PATH = ROOT / "toy/tutorial.ipynb"
-CELLS = json.loads(PATH.read_text())["cells"]
+PATH, EXERCISES = ROOT / "toy/tutorial.ipynb", ROOT / "toy/exercises.ipynb"
+CELLS, AT_HOME = (json.loads(path.read_text(encoding="utf-8"))["cells"] for path in (PATH, EXERCISES))
 CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
 TEXT = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "markdown"]
 PROJECT = [
@@ -120,20 +120,65 @@ def test_the_files_it_names_exist():
     assert len(named) >= 4 and all((ROOT / name).exists() for name in named)
 
 
-@pytest.mark.parametrize("folder", [".", "toy"])
-def test_the_first_cell_finds_the_project(folder):
+@pytest.mark.parametrize("cell", CODE, ids=lambda cell: cell["id"])
+def test_a_cell_fits_a_screen_and_has_no_scaffolding(cell):
+    assert len(source(cell).splitlines()) < 25
+    assert not re.search(r"mock|redirect|StringIO|subprocess|environ|contextlib|_ = ", source(cell))
+    assert "sys.path" not in source(cell) or cell is CODE[0]
+
+
+def test_a_share_in_the_text_says_where_it_is_from():
+    """README, with which page it is, or this run: then cells print it."""
+    shown = printed(OUTPUTS)
+    for paragraph in "\n\n".join(TEXT).split("\n\n"):
+        shares = re.findall(r"[\d.]+(?: to [\d.]+)? %", paragraph)
+        assert not shares or "README" in paragraph or "this run" in paragraph, paragraph
+    assert shown.count("cosine") and "this run" in "".join(TEXT)
+
+
+def first_cell(folder):
+    """The notebook's first cell and an import, as run in a folder."""
     program = source(CODE[0]) + "\nimport sim_core, toy.plots; print(ROOT)"
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=ROOT / folder, capture_output=True, text=True, env=clean, timeout=120)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=clean, timeout=120)
+
+
+@pytest.mark.parametrize("folder", [".", "toy"])
+def test_the_first_cell_finds_the_project(folder):
+    done = first_cell(ROOT / folder)
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()) == ROOT
 
 
-def test_without_the_requirements_of_edm_the_last_part_says_so(capsys):
-    cell = next(source(cell) for cell in CODE if "NEEDED =" in source(cell))
-    exec(cell, {"find_spec": lambda name: None})
+def test_the_first_cell_finds_a_project_that_was_put_beside_it(tmp_path):
+    (tmp_path / "sample_data").mkdir()
+    (tmp_path / "unpacked").symlink_to(ROOT)
+    done = first_cell(tmp_path)
+    assert done.returncode == 0 and Path(done.stdout.strip()) == tmp_path / "unpacked", done.stderr
+
+
+def test_alone_the_first_cell_says_in_one_line_what_to_fetch(tmp_path):
+    done = first_cell(tmp_path)
+    assert done.returncode == 1 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert "git clone" in done.stderr and "run this cell again" in done.stderr
+
+
+def test_both_notebooks_have_the_same_first_cell():
+    code = [cell for cell in AT_HOME if cell["cell_type"] == "code"]
+    assert source(code[0]) == source(CODE[0])
+
+
+def test_without_the_requirements_of_edm_the_last_part_says_so(capsys, monkeypatch):
+    cell = next(source(cell) for cell in CODE if "images_are_ready" in source(cell))
+    monkeypatch.setattr(classroom, "find_spec", lambda name: None)
+    exec(cell, {"classroom": classroom})
     assert capsys.readouterr().out.startswith("Skipped: this part needs pip install -r edm/requirements.txt")
+
+
+def test_a_command_of_edm_that_fails_fails_loudly(tmp_path):
+    with pytest.raises(RuntimeError, match="--no-such-option"):
+        classroom.digits_command(tmp_path, "distill.py", "--no-such-option")
 
 
 # --- what it draws with ----------------------------------------------------------------------------

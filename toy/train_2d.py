@@ -125,12 +125,13 @@ class Run:
         self.rng.set_state(state["rng"].cpu())
 
 
-def distill(cfg, run, target, teacher, log, stop):
-    """Alternate the two updates until cfg.steps or a signal in `stop`; log(run, losses) now and then."""
+def distill(cfg, run, target, teacher, log, stop, loss_of=None):
+    """Alternate the two updates until cfg.steps or a signal in `stop`; log(run, losses) now and then.
+    loss_of: for theta, another than that of cfg."""
     rng, batch = run.rng, cfg.batch
     draw_sigma, draw_fake_sigma = sigma_sampler(cfg, rng), sigma_sampler(cfg, rng, "fake_")
     fake_weight, sigma_data = score_matching_weight(cfg, target), target.data_std()
-    loss_of, weight, learned = surrogate(cfg), sim.WEIGHTINGS[cfg.weighting], cfg.fake == "learned"
+    loss_of, weight, learned = loss_of or surrogate(cfg), sim.WEIGHTINGS[cfg.weighting], cfg.fake == "learned"
 
     def normal():
         return torch.randn(batch, 2, generator=rng, device=cfg.device, dtype=torch.float32)
