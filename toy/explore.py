@@ -55,8 +55,6 @@ def read(folder):
     state = Folder(folder, {}).load(say=lambda text: print(text, file=sys.stderr))
     if state is None:
         raise UserError(f"{folder} has no checkpoint, which keeps the frames: nothing to look at yet")
-    if not all("fields" in frame for frame in state["snapshots"]):
-        raise UserError(f"{folder} was made by an older toy/train_2d.py, which kept no arrows: run it again")
     return cfg, state
 
 
@@ -70,6 +68,8 @@ def film(cfg, state):
     field = lambda denoiser: torch.stack([denoiser(points, torch.full((len(points),), s)) for s in SIGMAS])
     data = target.sample(N_LOG, torch.Generator().manual_seed(cfg.seed + 1))  # the log's own, on a CPU
     exact, frames = field(target.denoiser), state["snapshots"]
+    if not all("fields" in frame for frame in frames):
+        raise UserError("of an older toy/train_2d.py, which kept no arrows: make the run again")
     return {
         "steps": cfg.steps,
         "floor": energy_floor(N_LOG, N_LOG, mean_distance(data, data)),
@@ -90,8 +90,10 @@ def page(folders):
     settings = [vars(cfg) for cfg, _ in runs]
     shown = [k for k in settings[0] if len({s[k] for s in settings}) > 1 and k != "out"] or SHOWN
     about = ["; ".join(f"{k.replace('_', ' ')} {s[k]}" for k in shown) for s in settings]
-    films = [film(*run) | {"name": name, "about": text} for run, name, text in zip(runs, names, about)]
-    content = {"sigmas": SIGMAS, "limit": plots.LIMIT, "scale": SCALE, "runs": films}
+    content = {"sigmas": SIGMAS, "limit": plots.LIMIT, "scale": SCALE, "runs": []}
+    for folder, run, name, words in zip(folders, runs, names, about):
+        with naming(Path(folder) / "checkpoints"):
+            content["runs"].append({"name": name, "about": words} | film(*run))
     noise = torch.randn(N_LOG, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     content |= {"points": packed(plots.field_points()), "noise": packed(noise)}
     text = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")  # no </script> in a name
