@@ -32,7 +32,7 @@ PAGE = load()
 
 def with_steps(teacher, steps):
     """The page with smaller numbers at its top, changed as a reader would."""
-    usual = "TEACHER_STEPS, STEPS, BATCH = 1000, 2500, 256"
+    usual = "TEACHER_STEPS, STEPS, BATCH = 1500, 3000, 256"
     assert TEXT.count(usual) == 1
     return TEXT.replace(usual, f"TEACHER_STEPS, STEPS, BATCH = {teacher}, {steps}, 256")
 

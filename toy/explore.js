@@ -101,6 +101,7 @@ const power = n => Math.abs(n) > 3 ? `1e${n}` : n < 0 ? (10 ** n).toFixed(-n) : 
 function chart(figure, run, curves) { // everything but where the cursor stands
   const svg = figure.querySelector("svg"), [L, R, T, B] = [38, svg.clientWidth - 10, 6, svg.clientHeight - 20];
   const logs = runs.flatMap(r => curves.flatMap(([name]) => column(r, name))).filter(v => v > 0).map(Math.log10);
+  if (!logs.length) logs.push(0);
   const low = Math.floor(Math.min(...logs)), high = Math.max(low + 1, Math.ceil(Math.max(...logs)));
   const X = step => L + along(step) * (R - L), Y = log => T + (high - log) / (high - low) * (B - T);
   const text = (x, y, anchor, words) => `<text x="${x}" y="${y}" text-anchor="${anchor}">${words}</text>`;
@@ -112,7 +113,7 @@ function chart(figure, run, curves) { // everything but where the cursor stands
   for (const [name, , colour, dashes] of curves) {
     const values = column(run, name), known = [...values.keys()].filter(k => values[k] > 0);
     const places = known.map(k => `${X(run.rows.step[k]).toFixed(1)} ${Y(Math.log10(values[k])).toFixed(1)}`);
-    parts.push(`<path class="${colour} ${dashes}" d="M${places.join("L")}"/>`);
+    if (known.length) parts.push(`<path class="${colour} ${dashes}" d="M${places.join("L")}"/>`);
   }
   svg.innerHTML = parts.join("") + `<line class="cursor" y1="${T}" y2="${B}"/>`;
   figure.move = step => ["x1", "x2"].forEach(end => svg.lastChild.setAttribute(end, X(step)));
@@ -125,7 +126,7 @@ function sentence(run, i) {
   return `${ended ? "Ended at step" : "Step"} ${count(at("step"))} of ${count(run.steps)}: energy distance `
     + `${round(at("energy_distance"))} (perfect samples ${round(run.floor)}), `
     + `${(100 * at("high_quality")).toFixed(1)} % within 3 std of a mode, `
-    + `${at("modes_covered")} of ${at("modes")} modes. At σ = ${sigmas[level]} online network and teacher are `
+    + `${at("modes_covered")} of ${at("modes")} modes. At σ\u00a0=\u00a0${sigmas[level]} online network and teacher are `
     + `${round(at("gap"))} apart, generator and target in truth ${round(at("divergence"))}.`;
 }
 
@@ -205,7 +206,7 @@ function play() {
 let owed = 0; // time that has not been shown, where motion is reduced
 function tick(now) {
   if (!playing) return;
-  owed += (now - before) / (still.matches ? 500 : 160);
+  owed += Math.max(0, now - before) / (still.matches ? 500 : 160); // a frame's time may lie before the key's
   before = now;
   const moved = still.matches ? Math.floor(owed) : owed;
   owed -= moved;

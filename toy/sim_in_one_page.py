@@ -9,7 +9,7 @@ import torch
 from matplotlib import pyplot
 
 SEED = 0
-TEACHER_STEPS, STEPS, BATCH = 1000, 2500, 256
+TEACHER_STEPS, STEPS, BATCH = 1500, 3000, 256
 STD, SIGMA_DATA, SIGMA_INIT, C = 0.1, 0.71, 2.5, 0.1  # of a mode; of all data; sigma* of (B.4); c of d(y)
 ANGLES = torch.arange(8) * torch.pi / 4
 MODES = torch.stack([ANGLES.cos(), ANGLES.sin()], 1)
@@ -72,8 +72,9 @@ if __name__ == "__main__":
     distance, mode = torch.cdist(samples := generate(theta, 10_000).detach(), MODES).min(1)
     counts = torch.bincount(mode[distance < 3 * STD], minlength=8)  # a mode is covered by a tenth of its due
     print(f"{counts.sum() / 100:.1f}% within 3 std of a mode, {(counts > 125).sum()} of 8 modes; ", end="")
-    for panel, (title, x) in enumerate({"data": draw_data(10_000), "one evaluation": samples}.items(), 1):
-        pyplot.subplot(1, 2, panel, title=title, aspect="equal", xlim=(-2, 2), ylim=(-2, 2))
-        pyplot.scatter(*x.T, s=1)
+    pyplot.figure(figsize=(8, 4), layout="constrained")
+    for place, title, x in (121, "data", draw_data(2000)), (122, "one evaluation", samples[:2000]):
+        pyplot.subplot(place, title=title, aspect="equal", xlim=(-1.7, 1.7), ylim=(-1.7, 1.7))
+        pyplot.scatter(*x.T, s=3, alpha=0.5, linewidths=0)
     pyplot.savefig("sim_in_one_page.png")
     print("picture:", Path("sim_in_one_page.png").resolve())
