@@ -101,6 +101,7 @@ def test_it_says_what_the_runs_are(runs):
 def test_it_loads_nothing_from_elsewhere(runs):
     text = explore.page(runs)
     assert not re.findall(r"https?:|//\w+\.|\bsrc=|\bhref=|\burl\(|@import|fetch\(|XMLHttp", text)
+    assert "<" not in re.search(r'id="film">(.*)</script>\n<script>', text)[1]  # nor in a name
     assert "default-src 'none'" in text and text.count("</script>") == 2
     assert explore.short(float("nan")) is None and explore.short(0.123456) == 0.1235
 
@@ -280,6 +281,15 @@ def test_each_panel_shows_what_it_says(driver, runs, tmp_path):
         "sim: One-step samples",
         *(f"sim: {name} at {SIGMA} = 1" for name in ("Target", "Teacher", "Online")),
     ]
+    for name, seen_in in (
+        ("samples", "1001"),
+        ("data", "1110"),
+        ("target", "0100"),
+        ("teacher", "0011"),
+        ("online", "0001"),
+    ):
+        emptied = page.changed(lambda name=name: page.js(f"(runs[0].{name}.fill(0), render())"))
+        assert emptied == [panel == "1" for panel in seen_in], name
     row = list(csv.DictReader((runs[0] / "log.csv").open(encoding="utf-8")))[6]
     said = page.said()[0]
     assert f"{100 * float(row['high_quality']):.1f} % within 3 std" in said
