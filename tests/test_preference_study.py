@@ -22,6 +22,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from edm import preference_study as study
+from tests.browser import start_browser, wait
 
 ROOT = Path(__file__).parents[1]
 LONG = "An image of a jade green egg, " + "highly detailed, " * 12 + "x" * 120
@@ -406,25 +407,6 @@ def test_random_exports_add_up(tmp_path_factory, people, random):
 # The page, in a browser.
 
 
-def start_browser(profile):
-    webdriver = pytest.importorskip(
-        "selenium.webdriver", reason="the page's tests need: pip install selenium"
-    )
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip(
-            "the page's tests need chromium and chromedriver: apt-get install chromium chromium-driver"
-        )
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
-    flags += " disable-component-update disable-sync disable-dev-shm-usage window-size=1280,900"
-    for flag in [*flags.split(), f"user-data-dir={profile}"]:
-        options.add_argument(f"--{flag}")
-    options.add_experimental_option("prefs", {"download.default_directory": f"{profile}/downloads"})
-    return webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-
-
 @pytest.fixture(scope="module")
 def one_browser(tmp_path_factory):
     profile = tmp_path_factory.mktemp("profile")
@@ -439,14 +421,6 @@ def browser(one_browser):
     """The module's browser, of ordinary size; what it keeps is by study, and each test has its own."""
     one_browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     return one_browser
-
-
-def wait(browser, script):
-    end = time.monotonic() + 15
-    while not (value := browser.execute_script("return " + script)):
-        assert time.monotonic() < end, script
-        time.sleep(0.02)
-    return value
 
 
 class Participant:

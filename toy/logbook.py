@@ -61,12 +61,15 @@ class Log:
         self.within_data = mean_distance(self.data, self.data)
         self.floor = energy_floor(N_LOG, N_LOG, self.within_data)
         self.points = plots.field_points().to(cfg.device)
-        self.field_sigma = self.points.new_full((len(self.points),), plots.FIELD_SIGMA)
-        self.scene = (self.data.cpu(), teacher(self.points, self.field_sigma).cpu(), self.floor, cfg.steps)
+        self.scene = (self.data.cpu(), self.field(teacher, plots.FIELD_SIGMA), self.floor, cfg.steps)
         self.window = plots.Window(*self.scene) if cfg.show else None
 
     def seconds(self):
         return time.perf_counter() - self.start
+
+    def field(self, denoiser, sigma):
+        """Where it sends the points of the movie at one noise level, (m, 2)."""
+        return denoiser(self.points, self.points.new_full((len(self.points),), sigma)).cpu()
 
     @torch.no_grad()
     def __call__(self, run, losses):
@@ -86,8 +89,9 @@ class Log:
         for name, values in (("mean", samples.mean(0)), ("std", samples.std(0))):
             row[f"sample_{name}_x"], row[f"sample_{name}_y"] = values.tolist()
         run.history.append(row)
-        field = fake(self.points, self.field_sigma)
-        run.snapshots.append({"step": run.step, "samples": samples.cpu(), "field": field.cpu()})
+        frame = {"step": run.step, "samples": samples.cpu(), "field": self.field(fake, plots.FIELD_SIGMA)}
+        frame["fields"] = torch.stack([self.field(fake, sigma) for sigma in SIGMAS])  # for toy/explore.py
+        run.snapshots.append(frame)
         self.warn(run.history)
         found = f"energy {row['energy_distance']:.4f} (floor {self.floor:.4f}), "
         found += f"sharp {row['high_quality']:.1%}, modes {row['modes_covered']}/{row['modes']}"
