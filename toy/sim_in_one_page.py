@@ -1,6 +1,6 @@
 """Score Implicit Matching (arXiv:2410.16794) on one page: a diffusion model of a ring of eight Gaussians is
 distilled into a generator of one evaluation.  Lines end with the paper's equation, or EDM's (2206.00364).
-Needs torch, matplotlib and a minute of one core: run it, paste it into a notebook, change a line."""
+Needs torch, matplotlib and 1 to 2 silent minutes of a core: run it, paste it into a notebook, change it."""
 
 import copy
 from pathlib import Path
