@@ -85,7 +85,7 @@ def words(x):
 
 def untrained(images):
     torch.manual_seed(0)
-    with metrics.Single():
+    with networks.Single():
         return networks.SmallClassifier(images).eval().requires_grad_(False), 0.1
 
 

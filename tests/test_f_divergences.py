@@ -167,7 +167,7 @@ def test_kl_seeks_and_its_reverse_covers():
     target = f_ring.ring()
     found = {}
     for name in ("kl", "forward_kl"):
-        points = f_ring.descend(ROWS[name], f_ring.SCENES["few"], 0, target)
+        points = f_ring.settle(ROWS[name], f_ring.SCENES["few"], 0, target)
         found[name] = f_ring.judge(points, f_ring.SCENES["few"], target, 0)
     assert found["kl"]["high_quality"] == 1 and found["forward_kl"]["high_quality"] <= 0.25
     assert found["forward_kl"]["energy"] < found["kl"]["energy"] / 4

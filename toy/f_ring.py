@@ -84,7 +84,7 @@ def shares(scene, means, rng):
     return x, density * cell / K
 
 
-def descend(row, scene, seed, target):
+def settle(row, scene, seed, target):
     """(1) at one noise level, h over its mean, as f-distill has it -> the generator's points (K, 2)."""
     rng, s = torch.Generator().manual_seed(seed), scene.sigma
     z, net = copy.deepcopy(start(scene.latents, scene.missing, seed))
@@ -117,7 +117,7 @@ def train(seeds):
     jobs = [(key, name, seed) for key in SCENES for name in ROWS for seed in seeds]
     for key, name, seed in tqdm(jobs, "train", unit="run"):
         if finite(name, SCENES[key], target):
-            means = descend(ROWS[name], SCENES[key], seed, target)
+            means = settle(ROWS[name], SCENES[key], seed, target)
             points.setdefault((key, name), means)
             run = {"scene": key, "divergence": name, "seed": seed}
             table.append(run | judge(means, SCENES[key], target, seed))
