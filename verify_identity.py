@@ -12,7 +12,6 @@ import math
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 import sim_core as sim
 from toy import command
-from toy.files import UserError, check_writable, write_json
+from toy.files import write_json
 from toy.test_bed import SIGMA, Detached, TestBed, flat, relative
 
 # name -> (distance, nodes per axis, tolerance).  Smooth d' converge spectrally; Huber's has a kink and L1's
@@ -231,23 +230,9 @@ def print_report(rows, checks, extra, monte_carlo):
 
 
 def parse_args(argv=None):
-    """Command line -> Namespace; what cannot be written is refused before the work."""
-    parser = command.Parser(__doc__)
-    number, path, add = dict(type=int), dict(type=Path), parser.add_argument
-    add("--seed", default=0, **number, within="seed", help="of generator, teacher and latents (default 0)")
-    threads = "CPU threads (default 1: tensors this small gain nothing from more)"
-    add("--threads", default=1, **number, within="threads", help=threads)
     quick = "a coarser figure, fewer samples: half a minute, same verdicts"
-    add("--quick", action="store_true", help=quick)
-    add("--json", **path, metavar="FILE", help="write every number here too")
-    add("--out", default=Path("out"), **path, metavar="DIR", help="folder of the figure (default out)")
-    args = parser.parse_args(argv)
-    for file in filter(None, (args.out / "verify_identity.png", args.json)):
-        check_writable(file)
-        file.parent.mkdir(parents=True, exist_ok=True)
-    if args.json and args.json.exists() and '"full_gradient"' not in args.json.read_text("utf-8", "replace"):
-        raise UserError(f"{args.json}: exists already, and is no report of this command; choose another name")
-    return args
+    how = dict(seed="of generator, teacher and latents", quick=quick)
+    return command.parse_report(__doc__, argv, "verify_identity.png", "full_gradient", **how)
 
 
 def main(argv=None):

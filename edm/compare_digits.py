@@ -178,7 +178,7 @@ def write_looks(folder, looks):
 
 
 def begin(cfg):
-    """-> accelerator, task, score and pictures of a distillation with these settings, and its parts."""
+    """A distillation with these settings -> accelerator, its parts, its task, score(who, network)."""
     accelerator = make_accelerator(cfg)
     parts = next(task for task in TASKS.values() if task.cls is type(cfg))(cfg, accelerator)
     task = parts.build()

@@ -72,11 +72,9 @@ def student(target, teacher, loss=None, **changes):
 def verdict(run):
     """The end of a run's log in a line."""
     row = run.history[-1]
-    found = f"energy {row['energy_distance']:7.4f}, sharp {row['high_quality']:5.1%}, modes "
-    return (
-        found
-        + f"{row['modes_covered']} of {row['modes']}, error of their weights {row['mode_weight_error']:.2f}"
-    )
+    found = f"energy {row['energy_distance']:7.4f}, sharp {row['high_quality']:5.1%}, "
+    found += f"modes {row['modes_covered']} of {row['modes']}, "
+    return found + f"error of their weights {row['mode_weight_error']:.2f}"
 
 
 def images_are_ready():

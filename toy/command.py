@@ -8,12 +8,13 @@ import signal
 import sys
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 import sim_core as sim
-from toy.files import UserError
+from toy.files import UserError, check_writable
 
 
 class Range(NamedTuple):
@@ -124,6 +125,29 @@ def add_options(parser, cls):
             about["type"] = f.type
             about["help"] += "" if f.default is None else " (default %(default)s)"
         parser.add_argument(flag_of(f.name), default=f.default, **about)
+
+
+def parse_report(description, argv, picture, mark, **help):
+    """The command line of a check that leaves a picture in --out and, with --json, its numbers -> Namespace.
+
+    mark: a text that its JSON has, and no other file's.  What cannot be written is refused before the work.
+    help: of seed and quick.
+    """
+    parser, path = Parser(description), dict(type=Path)
+    add = parser.add_argument
+    add("--seed", type=int, default=0, within="seed", help=f"{help['seed']} (default 0)")
+    threads = "CPU threads (default 1: tensors this small gain nothing from more)"
+    add("--threads", type=int, default=1, within="threads", help=threads)
+    add("--quick", action="store_true", help=help["quick"])
+    add("--json", **path, metavar="FILE", help="write every number here too")
+    add("--out", default=Path("out"), **path, metavar="DIR", help="folder of the figure (default out)")
+    args = parser.parse_args(argv)
+    for file in filter(None, (args.out / picture, args.json)):
+        check_writable(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+    if args.json and args.json.exists() and f'"{mark}"' not in args.json.read_text("utf-8", "replace"):
+        raise UserError(f"{args.json}: exists already, and is no report of this command; choose another name")
+    return args
 
 
 def run(work, interrupted="interrupted"):

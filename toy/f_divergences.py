@@ -28,10 +28,10 @@ from tqdm import tqdm
 
 import sim_core as sim
 from toy import command, f_ring
-from toy.f_family import F_DISTILL, ROWS, plane
-from toy.files import UserError, check_writable, replacing, write_json
+from toy.f_family import F_DISTILL, ROWS
+from toy.files import replacing, write_json
 from toy.plots import png
-from toy.test_bed import SIGMA, TestBed, flat, relative
+from toy.test_bed import SIGMA, TestBed, flat, plane, relative
 
 TOLERANCE = {"f'', h": 1e-12, "(1)": 1e-12, "(2)": 1e-12, "(3)": 1e-10}
 # q^2 / p has tails of variance 1 / (2 / var q - 1 / var p), far out: at some seeds the grid ends in them.
@@ -244,22 +244,9 @@ def print_report(rows, checks, off):
 
 
 def parse_args(argv=None):
-    """Command line -> Namespace; what cannot be written is refused before the work."""
-    parser = command.Parser(__doc__)
-    number, path, add = dict(type=int), dict(type=Path), parser.add_argument
-    add("--seed", default=0, **number, within="seed", help="the first of the seeds (default 0)")
-    threads = "CPU threads (default 1: tensors this small gain nothing from more)"
-    add("--threads", default=1, **number, within="threads", help=threads)
-    add("--quick", action="store_true", help="one seed instead of three: same verdicts, a third of the time")
-    add("--json", **path, metavar="FILE", help="write every number here too")
-    add("--out", default=Path("out"), **path, metavar="DIR", help="folder of the figure (default out)")
-    args = parser.parse_args(argv)
-    for file in filter(None, (args.out / "f_divergences.png", args.json)):
-        check_writable(file)
-        file.parent.mkdir(parents=True, exist_ok=True)
-    if args.json and args.json.exists() and '"f_divergences"' not in args.json.read_text("utf-8", "replace"):
-        raise UserError(f"{args.json}: exists already, and is no report of this command; choose another name")
-    return args
+    quick = "one seed instead of three: same verdicts, a third of the time"
+    how = dict(seed="the first of the seeds", quick=quick)
+    return command.parse_report(__doc__, argv, "f_divergences.png", "f_divergences", **how)
 
 
 def main(argv=None):

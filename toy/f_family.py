@@ -67,9 +67,3 @@ F_DISTILL = {
     "sf": (lambda rho: 1 / (1 + rho), "softened_kl", 1),
 }
 # fmt: on
-
-
-def plane(half, nodes, dim):
-    """Trapezoid nodes (nodes**dim, dim) on +-half, and the volume of a cell."""
-    axis = torch.linspace(-half, half, nodes, dtype=torch.float64)
-    return torch.cartesian_prod(*[axis] * dim).reshape(-1, dim), (axis[1] - axis[0]).item() ** dim

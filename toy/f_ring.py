@@ -13,11 +13,12 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from toy.f_family import ROWS, plane
+from toy.f_family import ROWS
 from toy.metrics import energy_distance, energy_floor, mean_distance, mode_metrics, sample_law
 from toy.mixtures import Mixture, make_target
 from toy.networks import mlp
 from toy.plots import BLUE, ORANGE
+from toy.test_bed import plane
 
 GRID, HALF = 1.8, 1.5  # half the side of the grid, of a panel
 WIDE = 5  # panels in a row of the figure

@@ -282,16 +282,10 @@ def five_steps(answer):
     """How far psi and theta have come in five steps of plain gradient descent, from random networks."""
     rng = torch.Generator().manual_seed(0)
     normal = partial(torch.randn, generator=rng, dtype=torch.float64)
-    teacher, fake, generator = (
-        Denoiser(width=8).double(),
-        Denoiser(width=8).double(),
-        Denoiser(width=8).double(),
-    )
-    generator = Generator(generator)
-    start = [
-        normal(sum(p.numel() for p in network.parameters())) / 3 for network in (teacher, fake, generator)
-    ]
-    for network, weights in zip((teacher, fake, generator), start):
+    teacher, fake, body = networks = [Denoiser(width=8).double() for _ in range(3)]
+    generator = Generator(body)
+    start = [normal(sum(p.numel() for p in network.parameters())) / 3 for network in networks]
+    for network, weights in zip(networks, start):
         vector_to_parameters(weights.clone(), network.parameters())
     draw = bounded(lambda: (normal(32, 2), 0.2 + normal(32).abs(), normal(32, 2)), 50)
     optimisers = [torch.optim.SGD(network.parameters(), 1e-3) for network in (fake, generator)]

@@ -27,6 +27,12 @@ class Detached:
         self.grad = lambda y: distance.grad(y).detach()
 
 
+def plane(half, nodes, dim):
+    """Trapezoid nodes (nodes**dim, dim) on +-half, and the volume of a cell."""
+    axis = torch.linspace(-half, half, nodes, dtype=torch.float64)
+    return torch.cartesian_prod(*[axis] * dim).reshape(-1, dim), (axis[1] - axis[0]).item() ** dim
+
+
 def noise_grid(nodes, dim):
     """Trapezoid nodes (n, dim), n < nodes**dim, and weights (n,) for E over N(0, I) of dim dimensions."""
     axis = torch.linspace(-REACH, REACH, nodes, dtype=torch.float64)
