@@ -1,0 +1,155 @@
+"""Is my teacher plugged in right?  What goes wrong when a network becomes a denoiser, found in a minute.
+
+    python edm/check_teacher.py edm/example_teacher.py               # a file of yours: this one says how
+    python edm/check_teacher.py teacher.safetensors --data digits    # of ours, or EDM's .pkl
+    python edm/check_teacher.py pipeline --data digits               # text to image: folder or hub name
+
+A line for each check, ok or WRONG with what to do, and a picture of the denoising error.  The exit code is
+0 if all is right, 1 if something is wrong.  FILE.py is a program, and is run.  Most checks need data: those
+that the teacher was trained on.
+"""
+
+import runpy
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
+
+import torch
+import torch.nn.functional as F
+
+from edm.images import checkpoints
+from edm.images.data import load_fitting, load_images, one_hot, to_network
+from edm.quality import checks
+from edm.text import pixart_files
+from edm.text.pixart import Guided, PixArtDenoiser, encode
+from edm.text.pretrained import quiet
+from edm.text.prompts import TextEncoder
+from edm.text.sampler import FIGURE3, find_prompts
+from toy.command import Parser, add_options, check_ranges, option, run
+from toy.files import UserError, check_writable, replacing
+
+MOST = 4096  # images that the data's mean and spread are taken from
+
+
+@dataclass(frozen=True)
+class Settings:
+    data: str = option(None, '"digits", or a data set\'s path; FILE.py may bring its own')
+    out: str = option("check_teacher.png", "the picture, written over", metavar="NAME.png")
+    images: int = option(None, "samples per noise level (default: by their size, 8 to 256)", within="many")
+    seconds: float = option(120.0, "after which the search for what is wrong begins nothing more",
+                            within="positive")  # fmt: skip
+    threads: int = option(1, "CPU threads", within="count")
+
+
+# --- What is checked.
+def from_images(path, data):
+    """EDM's U-Net, of ours or NVlabs' files."""
+    network, about = checkpoints.load(path)
+    if "sigma_init" in about:
+        raise UserError(f"{path}: a one-step generator, not a teacher")
+    teacher = checks.Teacher(network, network.shape, sigma_data=network.sigma_data)
+    if data:
+        read_data(teacher, data, network.label_dim)
+    elif network.label_dim:
+        teacher.cond = {"class_labels": one_hot(torch.arange(8) % network.label_dim, network.label_dim)}
+    return teacher
+
+
+def read_data(teacher, source, label_dim=0):
+    """Images of a data set, shuffled, with their labels one-hot."""
+    data = load_fitting(source, teacher.shape, label_dim)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:MOST]
+    teacher.x0 = to_network(data.images[order])
+    if label_dim:
+        teacher.cond = {"class_labels": one_hot(data.labels[order], label_dim)}
+
+
+def from_pipeline(source, data):
+    """A text-to-image pipeline, a folder or a name on the hub, whose denoiser is `pipeline_denoiser`."""
+    quiet()
+    denoiser, width = pipeline_denoiser(source)
+    folder = pixart_files.find_pipeline(source, width)
+    encoder, prompts = TextEncoder(folder), Path(folder, "prompts.txt")
+    null = encoder.null
+    low, high = (denoiser.levels[i].item() for i in (0, -1))
+    teacher = checks.Teacher(denoiser, denoiser.shape, low, high, denoiser.sigma_data, cond=null)
+    texts = [text for _, text in find_prompts(str(prompts))] if prompts.exists() else FIGURE3
+    teacher.other = encoder(texts[:: max(1, len(texts) // 4)])
+    teacher.guided = lambda scale: Guided(denoiser, null, scale)
+    if data:
+        vae = pixart_files.load_vae(folder)
+        teacher.x0 = encode(vae, fitted(data, vae, denoiser.shape[-1]))
+    return teacher
+
+
+def pipeline_denoiser(source):
+    """-> (denoiser(xt, sigma, caption, mask), the width of its captions)."""
+    transformer, _ = pixart_files.load_transformer(source)
+    return PixArtDenoiser(transformer), transformer.config.caption_channels
+
+
+def fitted(source, vae, size):
+    """Images of a data set, as many as are worth encoding, in the colours and the size of the VAE."""
+    data = load_images(source).images
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    pixels = size * 2 ** (len(vae.config.block_out_channels) - 1)
+    x = to_network(data[order[: MOST if pixels < 64 else 16]]).expand(-1, 3, -1, -1)
+    return x if x.shape[-1] == pixels else F.interpolate(x, pixels, mode="bilinear", antialias=True)
+
+
+def from_python(path, data):
+    """A file of the user's, which is run."""
+    torch.manual_seed(0)
+    try:
+        found = runpy.run_path(str(path), run_name="teacher")
+        shape = tuple(int(size) for size in found["shape"])
+        if not callable(found["denoiser"]):
+            raise TypeError("denoiser cannot be called")
+        names = {"sigma_min", "sigma_max", "sigma_data"} & found.keys()
+        teacher = checks.Teacher(found["denoiser"], shape, **{k: found[k] for k in names})
+        teacher.x0, teacher.cond = (found[k](MOST) if k in found else None for k in ("data", "cond"))
+        teacher.check()
+    except (Exception, SystemExit) as error:  # anything: it is somebody's program
+        words = f"needs a {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: {' '.join(words.split())[:300]}") from None
+    if data:
+        read_data(teacher, data, found.get("label_dim", 0))
+    return teacher
+
+
+def load(path, data):
+    if path.endswith(".py"):
+        return from_python(path, data)
+    return from_images(path, data) if Path(path).is_file() else from_pipeline(path, data)
+
+
+def main(argv=None):
+    parser = Parser(__doc__)
+    add_options(parser, Settings)
+    parser.add_argument("teacher", help="FILE.py, .safetensors of ours, .pkl of EDM, or a pipeline")
+
+    def work():
+        found = vars(parser.parse_args(argv))
+        path, cfg = found.pop("teacher"), Settings(**found)
+        check_ranges(cfg)
+        if Path(cfg.out).suffix != ".png":
+            raise UserError(f"--out {cfg.out}: must be a .png")
+        check_writable(cfg.out)
+        torch.set_num_threads(cfg.threads)
+        teacher = load(path, cfg.data)
+        verdicts, figure = checks.check(teacher, cfg.images, cfg.seconds)
+        for verdict in verdicts:
+            print(verdict)
+        if figure:
+            with replacing(cfg.out) as temporary:
+                figure.savefig(temporary, format="png")
+            print(f"wrote {cfg.out}")
+        return int(any(verdict.state == "WRONG" for verdict in verdicts))
+
+    return run(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
