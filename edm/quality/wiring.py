@@ -48,6 +48,19 @@ FORMULAS = {  # the same in words, with x and sigma broadcast
     "the score of x / sqrt(1 + sigma^2)": "x + sigma^2 / sqrt(1 + sigma^2) F",
 }
 
+SLIPS = {  # likewise, but nobody trains by these
+    "a velocity, with x in the place of x / (1 + sigma)": lambda sigma: (1 + 0 * sigma, -sigma / (1 + sigma)),
+    "a velocity, with sigma in the place of t": lambda sigma: (1 / (1 + sigma), -sigma),
+    "a velocity, not multiplied by t": lambda sigma: (1 / (1 + sigma), -1 + 0 * sigma),
+    "the noise, with x / sqrt(1 + sigma^2) in the place of x": lambda sigma: (1 / root(sigma), -sigma),
+    "the noise, D left in the scale of x / sqrt(1 + sigma^2)": lambda sigma: (
+        1 / root(sigma),
+        -sigma / root(sigma),
+    ),
+    "the noise, not multiplied by sigma": lambda sigma: (1 + 0 * sigma, -1 + 0 * sigma),
+    "the score, multiplied by sigma, not by sigma^2": lambda sigma: (1 + 0 * sigma, sigma),
+}
+
 
 def edm(s):
     """EDM's input and output with sigma_data s."""
@@ -93,10 +106,11 @@ def error(grams, p=0.0, q=1.0):
 
 
 def best_mix(grams):
-    """The least error of a x + b D + c, whatever a, b, c: of a right D it is D's own."""
+    """The least error of a x + b D + c, and a, b, c (..., 3): of a right D it is D's own."""
     basis, aim = grams[..., 1:, 1:], grams[..., 1:, 0]
     ridge = 1e-9 * torch.diag_embed(basis.diagonal(dim1=-2, dim2=-1))
-    return (grams[..., 0, 0] - (aim * torch.linalg.solve(basis + ridge, aim)).sum(-1)).clamp_min(0)
+    mix = torch.linalg.solve_ex(basis + ridge, aim)[0]  # where something is not finite: nan
+    return (grams[..., 0, 0] - (aim * mix).sum(-1)).clamp_min(0), mix
 
 
 class Samples:
@@ -160,30 +174,29 @@ def best(wirings):
 
 
 def read(grams, rows, sigma, told, scale):
-    """Errors (rows a, rows b, ...) of what was wired by b, read by a, where the x asked was scale x."""
+    """Errors (a, b, ...) of what was wired by b, of rows or SLIPS, read by a; the x asked was scale x."""
     wide = lambda values, at: torch.stack(torch.broadcast_tensors(*values)).unsqueeze(at)
     pa, qa = (wide(v, 1) for v in zip(*(row(sigma) for row in rows.values())))
-    pb, qb = (wide(v, 0) for v in zip(*(row(told) for row in rows.values())))
+    pb, qb = (wide(v, 0) for v in zip(*(row(told) for row in (rows | SLIPS).values())))
     return error(grams, pa - qa / qb * pb * scale, qa / qb)
 
 
 def choose(samples, errors, rows, **more):
-    """The best pair of rows of errors (rows, rows, L) -> Wiring.  The first of equals."""
-    found = samples.relative(errors)
-    scores = found.log().mean(-1) + 0.03 * (1 - torch.eye(len(rows)))
-    a, b = divmod(int(scores.argmin()), len(rows))
-    names = list(rows)
+    """The best pair of rows of errors (a, b, L) -> Wiring.  The first of equals."""
+    found, names = samples.relative(errors), [*rows, *SLIPS]
+    scores = found.log().mean(-1) + 0.03 * (1 - torch.eye(len(rows), len(names)))
+    a, b = divmod(int(scores.argmin()), len(names))
     return Wiring(found[a, b], output=() if a == b else (names[a], names[b]), **more)
 
 
 def as_wired(samples, grams):
-    return Wiring(samples.relative(error(grams)), bound=samples.relative(best_mix(grams)))
+    return Wiring(samples.relative(error(grams)), bound=samples.relative(best_mix(grams)[0]))
 
 
 def outputs(samples, grams, rows):
     """What costs no evaluation: the network gives another thing than it is read as."""
     errors = read(grams, rows, samples.levels, samples.levels, 1.0)
-    return choose(samples, errors, rows, bound=samples.relative(best_mix(grams)))
+    return choose(samples, errors, rows, bound=samples.relative(best_mix(grams)[0]))
 
 
 def scales(samples, rows, inputs):
@@ -194,7 +207,7 @@ def scales(samples, rows, inputs):
             scale = wanted(levels) / given(levels)
             grams = samples.grams(scale[None])[0]
             errors = read(grams, rows, levels, levels, scale)
-            yield choose(samples, errors, rows, scale=(a, b), bound=samples.relative(best_mix(grams)))
+            yield choose(samples, errors, rows, scale=(a, b), bound=samples.relative(best_mix(grams)[0]))
 
 
 SHIFTS = {
@@ -212,17 +225,19 @@ def shifts(samples, rows, inputs):
     """It was trained on other data than it is given."""
     for words, shift in SHIFTS.items():
         grams = samples.grams(shift=shift)[0]
-        yield Wiring(samples.relative(error(grams)), data=words, bound=samples.relative(best_mix(grams)))
+        yield Wiring(samples.relative(error(grams)), data=words, bound=samples.relative(best_mix(grams)[0]))
 
 
 def retold(levels):
     """[(wanted, told)], sigmas to tell (K, L), so that a network told by the second hears the first."""
     fine = torch.logspace(-4, 4, 2001, dtype=torch.float64)
-    names, sigmas = [], []
+    factors = (1 / 1000, 1 / 10, 1 / 3, 1 / 2, 2, 3, 10, 1000)
+    names, sigmas = [(f"{c:.3g} sigma", "sigma") for c in factors], [c * levels for c in factors]
     for (a, wanted), (b, told) in product(TIMES.items(), TIMES.items()):
         steps, order = told(fine).sort()
         at = torch.searchsorted(steps, wanted(levels)).clamp(0, len(fine) - 1)
-        if a != b:
+        known = any((fine[order][at] / sigma).log().abs().max() < 0.02 for sigma in sigmas)
+        if a != b and not known:
             names.append((a, b)), sigmas.append(fine[order][at])
     return names, torch.stack(sigmas)
 
@@ -252,9 +267,8 @@ def tables(sigma_data):
     return OUTPUTS | output, INPUTS | scale
 
 
-def deaf(samples, sigma_data):
+def deaf(samples, rows, inputs):
     """Whether, read in some way, the network says the same whatever sigma it is told."""
-    rows, inputs = tables(sigma_data)
     levels = samples.levels
     told = levels[0] * (levels[-1] / levels[0]) ** torch.linspace(0, 1, 9, dtype=levels.dtype)
     for given in inputs.values():
@@ -275,23 +289,25 @@ def confirm(samples, wiring, rows, inputs):
     scale = inputs[wanted](levels) / inputs[given](told)
     grams = samples.grams(scale[None], told[None])[0]
     errors = samples.relative(read(grams, rows, levels, told, scale))
-    names = list(rows)
-    pairs = [wiring.output] if wiring.output else zip(names, names)
+    names = [*rows, *SLIPS]
+    pairs = [wiring.output] if wiring.output else zip(rows, rows)
     of = lambda pair: errors[names.index(pair[0]), names.index(pair[1])]
-    bound = samples.relative(best_mix(grams))
+    bound = samples.relative(best_mix(grams)[0])
     return best([replace(wiring, errors=of(pair), bound=bound) for pair in pairs])
 
 
 def search(samples, grams, sigma_data=None, seconds=math.inf):
     """-> the wiring as it is, and the best that is found: of the cheap ones first, until one is right.
 
-    seconds: after which no further kind is begun.
+    None in its place if the network does not hear sigma.  seconds: after which no further kind is begun.
     """
     (rows, inputs), start = tables(sigma_data), time.monotonic()
     found = [as_wired(samples, grams), outputs(samples, grams, rows)]
-    for stage in (scales, shifts, times, partial(times, crossed=True)):
+    for stage in (shifts, scales, times, partial(times, crossed=True)):
         if best(found).right or time.monotonic() - start > seconds:
             break
+        if stage is scales and deaf(samples, rows, inputs):
+            return found[0], None
         new = sorted(stage(samples, rows, inputs), key=lambda wiring: wiring.score)
         found += [confirm(samples, w, rows, inputs) for w in new[:8]] if new[0].time else new
     return found[0], best(found)
