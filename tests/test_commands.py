@@ -13,6 +13,7 @@ import pytest
 import verify_identity
 from edm import (
     benchmark,
+    check_teacher,
     checkpoints,
     compare_digits,
     distill,
@@ -56,6 +57,7 @@ COMMANDS = {  # name -> argv -> exit code; what it needs besides
     "sample": (by_settings(sample), "--network none --out new"),
     "sample_pixart": (by_settings(sample_pixart), "--student none --out new"),
     "benchmark": (by_settings(benchmark), ""),
+    "check_teacher": (check_teacher.main, "none"),
     "checkpoints convert": (checkpoints.main, "none new"),
     "prompts fetch": (prompts.main, "new.jsonl"),
     "prompts encode": (prompts.main, "none new --text-encoder none"),

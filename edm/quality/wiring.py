@@ -58,7 +58,6 @@ SLIPS = {  # likewise, but nobody trains by these
         -sigma / root(sigma),
     ),
     "the noise, not multiplied by sigma": lambda sigma: (1 + 0 * sigma, -1 + 0 * sigma),
-    "the score, multiplied by sigma, not by sigma^2": lambda sigma: (1 + 0 * sigma, sigma),
 }
 
 
@@ -87,7 +86,7 @@ TIMES = {  # what the network is told
     "1 - t": lambda sigma: 1 / (1 + sigma),
     "1 - the step in [0, 1]": lambda sigma: 1 - vp_step(sigma),
 }
-TOLD = torch.logspace(-4, 4, 33, dtype=torch.float64)  # every sigma that a denoiser is told
+TOLD = torch.logspace(-4, 4, 25, dtype=torch.float64)  # every sigma that a denoiser is told
 
 
 # --- Inner products.
@@ -98,11 +97,13 @@ def gram(x0, x, said):
 
 
 def error(grams, p=0.0, q=1.0):
-    """mean (p x + q D - x0)^2; p, q broadcast against grams (..., 4, 4).  inf where D is not finite."""
+    """mean (p x + q D - x0)^2; p, q broadcast against grams (..., 4, 4).  inf where D is not finite,
+    or p x and q D nearly cancel."""
     p, q = (torch.as_tensor(v, dtype=grams.dtype) for v in (p, q))
     g = lambda i, j: grams[..., i, j]
     value = g(0, 0) + p**2 * g(1, 1) + q**2 * g(2, 2) + 2 * (p * q * g(1, 2) - p * g(0, 1) - q * g(0, 2))
-    return torch.where(value.isfinite(), value.clamp_min(0), math.inf)
+    exact = p**2 * g(1, 1) + q**2 * g(2, 2) < 1e6 * (g(0, 0) + g(1, 1))  # else rounding is all that is left
+    return torch.where(value.isfinite() & exact, value.clamp_min(0), math.inf)
 
 
 def best_mix(grams):
@@ -158,15 +159,15 @@ class Wiring:
 
     @property
     def score(self):
-        """Mean log error; each thing mended must lower the error by 3 %, or there is no need to mend it."""
+        """Mean log error; each thing mended must lower the error by 5 %, or there is no need to mend it."""
         mended = sum(map(bool, (self.output, self.scale, self.time, self.data)))
-        return round(self.errors.log().mean().item() + 0.03 * mended, 3)  # of equals the first will do
+        return round(self.errors.log().mean().item() + 0.05 * mended, 3)  # of equals the first will do
 
     @property
     def right(self):
         """Whether nothing is left to mend: no mix of x and D is better, and it knows more than the spread."""
         logs = self.errors.log().mean().item()
-        return self.bound is not None and logs - self.bound.log().mean().item() < 0.02 and logs < -0.03
+        return self.bound is not None and logs - self.bound.log().mean().item() < 0.03 and logs < -0.03
 
 
 def best(wirings):
@@ -184,7 +185,7 @@ def read(grams, rows, sigma, told, scale):
 def choose(samples, errors, rows, **more):
     """The best pair of rows of errors (a, b, L) -> Wiring.  The first of equals."""
     found, names = samples.relative(errors), [*rows, *SLIPS]
-    scores = found.log().mean(-1) + 0.03 * (1 - torch.eye(len(rows), len(names)))
+    scores = found.log().mean(-1) + 0.05 * (1 - torch.eye(len(rows), len(names)))
     a, b = divmod(int(scores.argmin()), len(names))
     return Wiring(found[a, b], output=() if a == b else (names[a], names[b]), **more)
 
@@ -235,9 +236,11 @@ def retold(levels):
     names, sigmas = [(f"{c:.3g} sigma", "sigma") for c in factors], [c * levels for c in factors]
     for (a, wanted), (b, told) in product(TIMES.items(), TIMES.items()):
         steps, order = told(fine).sort()
-        at = torch.searchsorted(steps, wanted(levels)).clamp(0, len(fine) - 1)
+        aims = wanted(levels)
+        outside = (aims < steps[0]) | (aims > steps[-1])
+        at = torch.searchsorted(steps, aims).clamp(0, len(fine) - 1)
         known = any((fine[order][at] / sigma).log().abs().max() < 0.02 for sigma in sigmas)
-        if a != b and not known:
+        if a != b and not known and outside.sum() < 4:
             names.append((a, b)), sigmas.append(fine[order][at])
     return names, torch.stack(sigmas)
 
@@ -304,9 +307,9 @@ def search(samples, grams, sigma_data=None, seconds=math.inf):
     (rows, inputs), start = tables(sigma_data), time.monotonic()
     found = [as_wired(samples, grams), outputs(samples, grams, rows)]
     for stage in (shifts, scales, times, partial(times, crossed=True)):
-        if best(found).right or time.monotonic() - start > seconds:
+        if stage is not scales and (best(found).right or time.monotonic() - start > seconds):
             break
-        if stage is scales and deaf(samples, rows, inputs):
+        if stage is times and deaf(samples, rows, inputs):
             return found[0], None
         new = sorted(stage(samples, rows, inputs), key=lambda wiring: wiring.score)
         found += [confirm(samples, w, rows, inputs) for w in new[:8]] if new[0].time else new
