@@ -40,7 +40,7 @@ class Settings:
     images: int = option(None, "samples per noise level (default: by their size, 8 to 256)", within="many")
     seconds: float = option(120.0, "after which the search for what is wrong begins nothing more",
                             within="positive")  # fmt: skip
-    threads: int = option(1, "CPU threads", within="count")
+    threads: int = option(1, "CPU threads; 0: torch's choice", within="threads")
 
 
 # --- What is checked.
@@ -137,7 +137,8 @@ def main(argv=None):
         if Path(cfg.out).suffix != ".png":
             raise UserError(f"--out {cfg.out}: must be a .png")
         check_writable(cfg.out)
-        torch.set_num_threads(cfg.threads)
+        if cfg.threads:
+            torch.set_num_threads(cfg.threads)
         teacher = load(path, cfg.data)
         verdicts, figure = checks.check(teacher, cfg.images, cfg.seconds)
         for verdict in verdicts:

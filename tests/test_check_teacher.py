@@ -78,11 +78,11 @@ def wire(F, output, given, told):
     return denoiser
 
 
-def verdicts(denoiser, x0=None, **more):
+def verdicts(denoiser, x0=None, seconds=math.inf, **more):
     x0 = gaussians()[2] if x0 is None else x0
     teacher = checks.Teacher(denoiser, tuple(x0.shape[1:]), x0=x0, **more)
     teacher.check()
-    return {verdict.name: verdict for verdict in checks.check(teacher, 96)[0]}
+    return {verdict.name: verdict for verdict in checks.check(teacher, 64, seconds)[0]}
 
 
 def wrong(found):
@@ -122,12 +122,12 @@ PAIRS = [(a, b) for a in ROWS for b in ROWS if a != b]
 @pytest.mark.parametrize("predicted, read", PAIRS)
 def test_what_is_predicted_and_what_it_is_read_as(predicted, read):
     output, given, told = ROWS[predicted]
-    found = verdicts(wire(network(output, given, told), ROWS[read][0], given, told), sigma_data=0.5)
+    found = verdicts(wire(network(output, given, told), ROWS[read][0], given, told), None, 0, sigma_data=0.5)
     assert f"the network predicts {output} and is read as {ROWS[read][0]};" in found["wiring"].words
     assert found["wiring"].state == "WRONG" and found["sigma"].state == "not checked"
 
 
-@pytest.mark.parametrize("slip", wiring.SLIPS)
+@pytest.mark.parametrize("slip", [slip for slip in wiring.SLIPS if "left" not in slip])  # costs 6 % only
 def test_slips_of_the_formula(slip):
     kind = next(kind for kind in ("velocity", "noise", "score") if kind in slip)
     output, given, told = ROWS[kind]
@@ -149,11 +149,10 @@ def test_a_scale_of_x_that_is_forgotten(kind, given):
     [
         ("velocity", "1 - t", "its time runs backwards"),
         ("velocity", "sigma", f"tell it {T}"),
-        ("velocity", "sigma^2", "tell it sigma"),
+        ("velocity", "sigma^2", f"tell it {T}"),
         ("velocity", "1000 t", "[0, 1] where 0 to 1000 is expected, or the reverse"),
         ("noise", T, f"tell it {STEP}"),
         ("noise", "1 - the step in [0, 1]", "its time runs backwards"),
-        ("edm", "sigma", "or the like: of sigma, its log"),
         ("velocity", lambda sigma: 0.5 + 0 * sigma, "a constant?"),
         ("velocity", lambda sigma: sigma / (1 + sigma) / 1000, "[0, 1] where 0 to 1000 is expected"),
         ("image", lambda sigma: sigma / 3, "tell it 3 sigma"),
@@ -166,6 +165,16 @@ def test_a_time_that_it_does_not_expect(kind, told, words):
     assert found["wiring"].state != "WRONG"
 
 
+@pytest.mark.slow
+def test_a_time_that_cannot_be_told():
+    """log(sigma) / 4 is negative, and no sigma that it is told is."""
+    output, given, _ = ROWS["edm"]
+    found = verdicts(wire(network(*ROWS["edm"]), output, given, "sigma"), sigma_data=0.5)
+    assert "nothing that was tried makes it right" in " ".join(
+        [*wrong(found).values(), found["sigma"].advice]
+    )
+
+
 def test_a_whole_convention_for_another():
     found = wrong(verdicts(wire(network(*ROWS["velocity"]), *ROWS["noise"])))
     assert f"predicts {VELOCITY} and is read as {NOISE}; it is given {VP} where" in found["wiring"]
@@ -173,7 +182,7 @@ def test_a_whole_convention_for_another():
 
 
 def test_a_mix_that_no_row_has():
-    found = wrong(verdicts(lambda x, s: 2 * exact(x, s).float()))
+    found = wrong(verdicts(lambda x, s: 2 * exact(x, s).float(), seconds=0))
     assert "and not D" in found["wiring"]
 
 
@@ -219,7 +228,7 @@ BREAKS = {  # name of the check, words: denoiser
 
 @pytest.mark.parametrize("name, words", BREAKS)
 def test_what_else_goes_wrong(name, words):
-    found = verdicts(BREAKS[name, words])
+    found = verdicts(BREAKS[name, words], seconds=0)
     assert words in wrong(found)[name] and (name == "error" or next(iter(wrong(found))) == name)
     assert len(wrong(found)) == 1 or name in ("error", "repeat", "sigma -> 0")
 
@@ -240,7 +249,7 @@ def conditional(x, sigma, labels, shift=0):
 )  # fmt: skip
 def test_labels(denoiser, words):
     labels = torch.nn.functional.one_hot(gaussians()[1], 5).float()
-    found = verdicts(denoiser, cond={"labels": labels})
+    found = verdicts(denoiser, cond={"labels": labels}, seconds=0)
     assert (words is None and not wrong(found)) or words in wrong(found)["labels"]
 
 
@@ -290,13 +299,15 @@ def test_real_digits_and_a_file_of_ours(tmp_path, capsys):
     options = dict(img_resolution=8, img_channels=1, label_dim=10, model_channels=8, channel_mult=(1,))
     net = EDMPrecond(**options, num_blocks=1, attn_resolutions=())
     checkpoints.save(tmp_path / "t.safetensors", net)
-    assert call(tmp_path, tmp_path / "t.safetensors", "--data", "digits", "--images", 16, "--seconds", 1) == 1
+    assert (
+        call(tmp_path, tmp_path / "t.safetensors", "--data", "digits", "--images", 16, "--seconds", 0.1) == 1
+    )
     out = capsys.readouterr().out
     assert "WRONG       labels      other ones change D by" in out
     (tmp_path / "oracle.py").write_text(ORACLE)
-    assert call(tmp_path, tmp_path / "oracle.py", "--data", "digits") == 0
+    assert call(tmp_path, tmp_path / "oracle.py", "--data", "digits", "--images", 32) == 0
     (tmp_path / "oracle.py").write_text(ORACLE.replace("return D", "return D / 2 + 0.5"))
-    assert call(tmp_path, tmp_path / "oracle.py", "--data", "digits") == 1
+    assert call(tmp_path, tmp_path / "oracle.py", "--data", "digits", "--images", 32, "--seconds", 0.1) == 1
     assert "and not D" in " ".join(capsys.readouterr().out.split())
 
 
@@ -370,7 +381,7 @@ def test_a_pipeline_is_checked_with_its_captions(tmp_path, capsys):
 
     small = digits.TRANSFORMER | dict(num_layers=1, num_attention_heads=1, cross_attention_dim=24)
     digits.save_pipeline(tmp_path / "pipe", tmp_path / "frozen", PixArtTransformer2DModel(**small))
-    assert call(tmp_path, tmp_path / "pipe", "--data", "digits", "--images", 8, "--seconds", 1) in (0, 1)
+    assert call(tmp_path, tmp_path / "pipe", "--data", "digits", "--images", 8, "--seconds", 0.1) in (0, 1)
     out = capsys.readouterr().out
     for words in (
         "(4, 8, 8), float32",
