@@ -414,7 +414,7 @@ def by_data(teacher, samples, seconds):
     if not own.errors.isfinite().all():
         return [denoising(own), *(unsaid(name, "D is not finite") for name in ("wiring", "sigma"))], "", None
     scanned = wiring.scan(samples, teacher.sigma_data)
-    restless = scanned[2] > 0.1
+    restless = scanned[2] > 0.05
     if restless or mean_of(own.errors / own.bound) > 1.05 or mean_of(own.errors) > 1.02:
         own, found = wiring.search(samples, grams, teacher.sigma_data, seconds, restless)
     if found is None:

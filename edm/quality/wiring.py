@@ -309,7 +309,7 @@ def confirm(samples, wiring, rows, inputs):
 def scan(samples, sigma_data=None):
     """What a right D does best in the middle -> factors (9,), mean log errors (9,) of D told these times
     sigma, and the most that is gained, at the best factor of each level, if the network alone hears it."""
-    samples = samples.some(24)
+    samples = samples.some(48)
     factors, levels = 2.0 ** torch.arange(-4, 5, dtype=torch.float64), samples.levels
     told = levels * factors[:, None]
     direct = samples.relative(error(samples.grams(torch.ones_like(told), told))).log().mean(1)
