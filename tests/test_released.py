@@ -84,7 +84,7 @@ def command(script, *words, cwd):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SIZES)
 def test_a_released_teacher_becomes_a_generator_images_and_a_table(name, data, tmp_path, thorough):
-    if not thorough and name not in ("uncond-vp", "cond-ve"):  # these two differ in all that there is
+    if not thorough and name != "cond-ve":  # with labels, and the longer list of entries
         pytest.skip("with --thorough: minutes")
     label_dim, _, entries, parameters = SIZES[name]
     path, run = released(name, tmp_path), tmp_path / "run"
