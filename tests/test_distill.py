@@ -763,7 +763,9 @@ def test_table_5_and_the_settings_that_sid_publishes():
     paper = dict(beta1=0.0, beta2=0.999, sigma_init=2.5)
     paper |= dict(sigma_distribution="sim", fake_sigma_distribution="edm", weighting="one")
     sid = {"cifar10-uncond": (500, 256, 1e-5), "cifar10-cond": (800, 256, 1e-5)}  # M images, batch, rates
-    for name, (images, batch, lr) in (sid | {"ffhq-64": (500, 512, 1e-5), "afhqv2-64": (500, 512, 5e-6)}).items():
+    for name, (images, batch, lr) in (
+        sid | {"ffhq-64": (500, 512, 1e-5), "afhqv2-64": (500, 512, 5e-6)}
+    ).items():
         cfg = Distillation(preset=name, **PRESETS[name]["distill"])
         assert {k: getattr(cfg, k) for k in paper} == paper
         assert (cfg.batch, cfg.lr, cfg.fake_lr) == (batch, lr, lr)

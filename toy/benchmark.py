@@ -70,7 +70,7 @@ def measure(cfg):
     for _ in trange(ROUNDS, desc="rounds", disable=None):
         both = seconds(steps, STEPS), seconds(lambda: [products.again() for _ in range(STEPS)])
         times.append([1e3 * t / STEPS for t in both])
-    print("min", *map(min, zip(*times)), min(t[0] for t in times)/min(t[1] for t in times))
+    print("min", *map(min, zip(*times)), min(t[0] for t in times) / min(t[1] for t in times))
     ratios = sorted(step / product for step, product in times)
     return *map(statistics.median, zip(*times)), ratios, len(products.calls)
 
@@ -80,7 +80,9 @@ def tell(argv=None):
     check(cfg)
     step, product, ratios, count = measure(cfg)
     print(f"a step takes {step:.2f} ms, its {count} matrix products {product:.2f} ms")
-    print(f"  ratio {statistics.median(ratios):.2f} (of {ROUNDS} rounds, {ratios[0]:.2f} to {ratios[-1]:.2f})")
+    print(
+        f"  ratio {statistics.median(ratios):.2f} (of {ROUNDS} rounds, {ratios[0]:.2f} to {ratios[-1]:.2f})"
+    )
     return 0
 
 

@@ -23,7 +23,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.nn.utils import clip_grad_norm_
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
@@ -44,9 +45,16 @@ def sigma_sampler(cfg, rng, which=""):
     return partial(command.sigma_sampler(cfg, SIGMAS, which), generator=rng, dtype=torch.float32)
 
 
+SCHEDULES = {  # share of the run -> share of the learning rate
+    "trapezoid": lambda t: min(1.0, (1 - t) / 0.3),
+    "cosine": lambda t: (1 + math.cos(math.pi * t)) / 2,
+    "constant": lambda t: 1.0,
+}
+
+
 def optimiser_and_schedule(network, lr, steps, betas, schedule="cosine"):
     optimiser = torch.optim.Adam(network.parameters(), lr=lr, betas=betas, fused=True)
-    return optimiser, CosineAnnealingLR(optimiser, steps, eta_min=0.0 if schedule == "cosine" else lr)
+    return optimiser, LambdaLR(optimiser, lambda n: SCHEDULES[schedule](n / steps))
 
 
 def moving_average(network, decay):
@@ -58,9 +66,22 @@ def moving_average(network, decay):
     return AveragedModel(network, multi_avg_fn=torch.no_grad()(update))
 
 
-def update(optimiser, loss):
+def update(optimiser, loss, clip=0.0):
+    """A step down the gradient, which is cut to `clip` times its usual length, a running mean; 0: never.
+
+    Adam with beta1 = 0 moves a weight by up to 1 / sqrt(1 - beta2) rates: one odd sample sends psi, or theta,
+    so far that the other follows (LOG.md).
+    """
     optimiser.zero_grad()
     loss.backward()
+    if clip:
+        seen = optimiser.param_groups[0]  # saved with the optimiser
+        limit = clip * seen.get("usual", 0.0) or math.inf
+        norm = min(clip_grad_norm_(seen["params"], limit).item(), limit)
+        seen["count"] = seen.get("count", 0) + 1
+        seen["usual"] = seen.get("usual", 0.0) + (norm - seen.get("usual", 0.0)) * max(
+            1 / seen["count"], 0.02
+        )
     optimiser.step()
 
 
@@ -142,7 +163,7 @@ def distill(cfg, run, target, teacher, log, stop, loss_of=None):
             x0 = run.generator(normal())
         sigma = draw_fake_sigma(batch)
         loss = sim.fake_loss(run.fake, x0, sigma, normal(), fake_weight(sigma)).mean()
-        update(run.fake_optimiser, loss)
+        update(run.fake_optimiser, loss, cfg.clip)
         return loss
 
     def update_generator():
@@ -160,7 +181,7 @@ def distill(cfg, run, target, teacher, log, stop, loss_of=None):
             triple = sim.predictions(*given, cfg.space)
             losses = sim.weigh(loss_of(*triple), weight(triple, sigma, cfg.space, sigma_data))
         loss = losses.mean()
-        update(run.optimiser, loss)
+        update(run.optimiser, loss, cfg.clip)
         run.fake.requires_grad_(True)
         return loss
 
