@@ -58,6 +58,15 @@ TEXT_PRESETS = {  # name -> the training of its teacher, the distillation
         distill=dict(steps=900, batch=64, lr=1e-3, fake_lr=2e-3, lr_end=0.1, warmup=100, c=0.3,
                      ema_halflife=10_000, ema_rampup=0.2),
     ),
+    # Its twin that predicts velocities, distilled at the levels that it is trained on, a logit-normal t.
+    "flow-digits": dict(
+        predicts="velocity",
+        teacher=dict(vae_steps=300, steps=7000, batch=32, lr=4e-3, lr_rampup=10_000, lr_end=0.0, beta1=0.9,
+                     ema_halflife=5000, every=40_000),
+        distill=dict(steps=900, batch=64, lr=1e-3, fake_lr=2e-3, lr_end=0.1, warmup=100, c=0.3,
+                     sigma_mean=0.0, sigma_std=1.0, fake_sigma_mean=0.0, fake_sigma_std=1.0,
+                     ema_halflife=10_000, ema_rampup=0.2),
+    ),
     # B.3, whose 4 GPUs accumulate 8 times: 1024 / 4 / 8 images at a time.  Not in it, and ours: c, digits'
     # times the root of the ratio of dimensions; guidance, that of PixArt's own pipeline; the moving average,
     # with its half-life.
@@ -73,7 +82,7 @@ TEXT_PRESETS = {  # name -> the training of its teacher, the distillation
 
 # What the commands that train take for a preset.
 TEACHERS = {name: {"data": p["data"]} | p["teacher"] for name, p in PRESETS.items()}
-TEACHERS |= {"pixart-digits": TEXT_PRESETS["pixart-digits"]["teacher"]}
+TEACHERS |= {name: preset["teacher"] for name, preset in TEXT_PRESETS.items() if preset["teacher"]}
 DISTILLATIONS = {name: {"data": p["data"]} | p["distill"] for name, p in PRESETS.items()}
 TEXT_DISTILLATIONS = {name: preset["distill"] for name, preset in TEXT_PRESETS.items()}
 

@@ -28,7 +28,8 @@ from edm.images.networks import Generator
 from edm.images.sampler import latents
 from edm.quality import captions
 from edm.text import pixart_files
-from edm.text.pixart import Guided, PixArtDenoiser, decode, without
+from edm.text.flow import denoiser_of, predictions
+from edm.text.pixart import Guided, decode, without
 from edm.text.pretrained import quiet
 from edm.text.prompts import MAX_TOKENS, CaptionFile, TextEncoder, encode_by_index, read_prompts
 from edm.training.plots import Pictures
@@ -61,8 +62,7 @@ class TextDistiller(Distiller):
         cond = draw["cond"][i]
         if self.cfg.fake_guidance == 1:
             return cond
-        caption, mask = without(cond["caption"], cond["mask"], self.null, draw["hidden"][i])
-        return {"caption": caption, "mask": mask}
+        return without(cond, self.null, draw["hidden"][i])
 
     def judge(self, network):
         return network if self.cfg.fake_guidance == 1 else Guided(network, self.null, self.cfg.fake_guidance)
@@ -104,7 +104,8 @@ class Prompts:
         """The teacher's pipeline and the prompts, if there is the memory for all that they become."""
         cfg, device = self.cfg, self.accelerator.device
         self.path = str(pipeline)
-        self.transformer, _ = pixart_files.load_transformer(cfg.transformer or self.path, like=self.path)
+        self.transformer, about = self.load_teacher()
+        self.predicts = predictions(about)
         self.vae = pixart_files.load_vae(self.path).to(device)
         if cfg.captions:
             self.source = CaptionFile(cfg.captions, device)
@@ -122,6 +123,9 @@ class Prompts:
         plan = memory_plan(cfg, self.transformer, self.frozen_bytes(), self.accelerator.num_processes)
         tell_memory(plan, device, self.accelerator.print)
 
+    def load_teacher(self):
+        return pixart_files.load_transformer(self.cfg.transformer or self.path, like=self.path)
+
     def frozen_bytes(self):
         """Of the text encoder and the VAE."""
         networks = [self.vae] + ([self.source.model] if isinstance(self.source, TextEncoder) else [])
@@ -132,7 +136,7 @@ class Prompts:
         cfg, device = self.cfg, self.accelerator.device
         if cfg.checkpointing:
             self.transformer.enable_gradient_checkpointing()
-        fake = PixArtDenoiser(self.transformer).to(device).requires_grad_(True)
+        fake = denoiser_of(self.transformer, self.predicts).to(device).requires_grad_(True)
         generator = Generator(copy.deepcopy(fake), cfg.sigma_init)
         teacher = copy.deepcopy(fake)
         if cfg.precision == "bf16":  # the frozen one alone: in bf16 a weight cannot take steps of 5e-6
@@ -162,14 +166,14 @@ class Prompts:
             self.accelerator.print(f"warning: {cut:,} of the prompts drawn were cut to {MAX_TOKENS} tokens")
         if not run.first:
             return {}
-        teacher, _ = pixart_files.load_transformer(cfg.transformer or self.path, like=self.path)
+        teacher, _ = self.load_teacher()
         student = copy.deepcopy(teacher)
         student.load_state_dict({k.removeprefix("denoiser.transformer."): v for k, v in weights.items()})
-        checkpoints.save(path, student, **notes(cfg, self.path, cfg.steps))
-        if cfg.preset != "pixart-digits" or not isinstance(self.source, TextEncoder):
+        checkpoints.save(path, student, **notes(cfg, self.path, cfg.steps), **self.predicts)
+        if cfg.preset not in TEACHERS or not isinstance(self.source, TextEncoder):
             return {}
-        generator = Generator(PixArtDenoiser(student), cfg.sigma_init).to(task.device)
-        denoiser = self.guided(PixArtDenoiser(teacher).to(task.device))
+        student, teacher = (denoiser_of(net, self.predicts).to(task.device) for net in (student, teacher))
+        generator, denoiser = Generator(student, cfg.sigma_init), self.guided(teacher)
         reader = self.reader(task.shape, run.path / "classifier.safetensors")
         return captions.compare(reader, generator, denoiser)
 

@@ -29,6 +29,7 @@ from edm.images.checkpoints import (
 )
 from edm.images.foreign import read_json
 from edm.images.pth import read_pth
+from edm.text.flow import read_predictions
 from edm.text.pixart import PixArtDenoiser, sigma_of_t
 from edm.text.pixart_names import POSITIONS, from_original
 from edm.text.pretrained import pretrained
@@ -40,41 +41,72 @@ OLD_NULL = "caption_projection.y_embedding"  # the null caption, which old versi
 # What a config may ask for before it is compared with the tensors.  PixArt's at 1,024 pixels has a width of
 # 16 * 72 and 64 * 64 patches, a table of positions of 4.7 million.
 SIZES = dict(num_layers=MAX_BLOCKS, sample_size=1024, patch_size=64, num_attention_heads=256,
-             attention_head_dim=2048, in_channels=2**14, cross_attention_dim=2**14)  # fmt: skip
+             attention_head_dim=2048, in_channels=2**14)  # fmt: skip
+WIDTHS = dict.fromkeys(("joint_attention_dim", "caption_projection_dim", "pooled_projection_dim"), 2**14)
+FAMILIES = {  # class of diffusers -> the sizes in its config
+    "PixArtTransformer2DModel": SIZES | dict(cross_attention_dim=2**14),
+    "SD3Transformer2DModel": SIZES | WIDTHS | dict(pos_embed_max_size=1024),
+}
 MAX_TABLE = 2**23
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def load_transformer(source, heads=None, like=None):
-    """-> (PixArtTransformer2DModel on the CPU, eval mode, float32, gradients off; dict of notes).
+    """-> (a transformer of FAMILIES on the CPU, eval mode, float32, gradients off; dict of notes).
 
     source: a folder of a diffusers pipeline or of its transformer, the name of a pipeline on the hub, a
     student, or one in PixArt's own naming (.pth or .safetensors), such as the released
     SIM-DiT.  The latter do not tell the number of attention heads: `heads`, or that of `like`, a pipeline's
-    folder with a transformer as wide, or 16 at width 1,152 (XL).  Notes are empty but for our own files.
+    folder with a transformer as wide, or 16 at width 1,152 (XL).  Notes are those of our own files; of others
+    what is predicted (`edm.text.flow`), as the pipeline's scheduler tells it, or else that of `like`.
     Raises UserError, in one line that names the source.
     """
-    path, about = Path(source), {}
-    if not path.is_file():
-        path = find(source, ("transformer",))
-        path = path / "transformer" if (path / "transformer").is_dir() else path
-    with naming(path):
-        if path.is_dir():
-            config, weights = read_folder(path)
-        else:
+    path = Path(source)
+    if path.is_file():
+        with naming(path):
             config, weights, about = read_file(path, heads, like)
-        return build(config, weights), about
+            return build(config, weights, about), about
+    path, places = parts_of(source)
+    with naming(path):
+        about = read_predictions(*places, *schedulers(like))
+        return build(*read_folder(path, about), about), about
+
+
+def parts_of(source):
+    """-> the folder of a transformer, and those in which its scheduler may be."""
+    path = find(source, ("transformer", "scheduler"))
+    if (path / "transformer").is_dir():
+        return path / "transformer", [path]
+    return path, [path] + ([path.resolve().parent] if path.resolve().name == "transformer" else [])
+
+
+def schedulers(like):
+    return [find(like, ("scheduler",))] if like else []
 
 
 def read_file(path, heads, like):
+    """-> config, {name: tensor}, notes."""
     with open(path, "rb") as file:
-        if not is_safetensors(file.read(9)):
-            return *from_original(read_pth(path), heads, like), {}
-    with open_safetensors(path) as file:
-        ours = "config" in (file.metadata() or {})
-    if ours:
-        return read_safetensors(path)
-    return *from_original(safetensors.torch.load_file(path), heads, like), {}
+        safe = is_safetensors(file.read(9))
+    if safe:
+        with open_safetensors(path) as file:
+            ours = "config" in (file.metadata() or {})
+        if ours:
+            return read_safetensors(path)
+    about = read_predictions(*schedulers(like))
+    weights = safetensors.torch.load_file(path) if safe else read_pth(path)
+    return *from_original(weights, heads, like), about
+
+
+def family_of(config, about):
+    """The class of diffusers that a config is of, where it goes with what is predicted."""
+    sd3 = "joint_attention_dim" in config
+    name = config.get("_class_name", "SD3Transformer2DModel" if sd3 else "PixArtTransformer2DModel")
+    if name not in FAMILIES:
+        raise UserError(f"a {reprlib.repr(name)}: only {' and '.join(FAMILIES)} are supported")
+    if name == "SD3Transformer2DModel" and about.get("predicts") != "velocity":
+        raise UserError(f"a {name}, but no scheduler says that it predicts velocities")
+    return name
 
 
 def find(source, parts):
@@ -95,8 +127,9 @@ def find(source, parts):
         raise UserError(f"{source}: {words}") from None
 
 
-def read_folder(folder):
+def read_folder(folder, about):
     config = read_json(folder / "config.json")
+    family_of(config, about)  # before the weights
     names, index = {WEIGHTS}, folder / f"{WEIGHTS}.index.json"
     if index.exists():  # a large one, in several files
         names = {Path(name).name for name in read_json(index)["weight_map"].values()}
@@ -115,28 +148,38 @@ def load_vae(folder):
     return pretrained(AutoencoderKL, folder, "vae", dtype=torch.float32, use_safetensors=True)
 
 
-def build(config, weights):
-    """PixArtTransformer2DModel(**config) with exactly these weights, as float32; both may be hostile."""
+def empty(family, config, tensors):
+    """The network without weights, of a config that so many tensors can fill; only PixArt's table is there."""
+    import diffusers
     from accelerate import init_empty_weights
-    from diffusers import PixArtTransformer2DModel
 
-    known = inspect.signature(PixArtTransformer2DModel).parameters  # old versions' configs have more
+    cls, limits = getattr(diffusers, family), FAMILIES[family]
+    words = f"no config of a {family.removesuffix('Transformer2DModel')} transformer"
+    known = inspect.signature(cls).parameters  # old versions' configs have more
     config = {name: value for name, value in config.items() if name in known}
     if "num_layers" not in config:
-        raise UserError("no config of a PixArt transformer: it names no num_layers")
-    sizes = {name: config.get(name, known[name].default) for name in SIZES}
+        raise UserError(f"{words}: it names no num_layers")
+    sizes = {name: config.get(name, known[name].default) for name in limits}
     for name, value in sizes.items():
-        if type(value) is not int or not 0 < value <= SIZES[name]:
-            raise UserError(f"no config of a PixArt transformer: {name}={reprlib.repr(value)}")
+        if type(value) is not int or not 0 < value <= limits[name]:
+            raise UserError(f"{words}: {name}={reprlib.repr(value)}")
     layers, patches = sizes["num_layers"], sizes["sample_size"] // sizes["patch_size"]
-    if patches**2 * sizes["num_attention_heads"] * sizes["attention_head_dim"] > MAX_TABLE:
-        raise UserError("no config of a PixArt transformer: its table of positions is too large")
-    if layers * 21 > len(weights):  # of a block; before building them one by one
-        raise UserError(f"{len(weights)} tensors are too few for {layers} layers")
-    with init_empty_weights():  # but the table of positions is computed
-        network = PixArtTransformer2DModel(**config)
-    computed = {POSITIONS: network.pos_embed.pos_embed} if POSITIONS in weights else {}
-    check_weights(weights, network.state_dict() | computed, FLOATS)
+    computes = "pos_embed_max_size" not in sizes  # its positions, which SD3's files hold
+    if computes and patches**2 * sizes["num_attention_heads"] * sizes["attention_head_dim"] > MAX_TABLE:
+        raise UserError(f"{words}: its table of positions is too large")
+    if layers * 21 > tensors:  # of a block; before building them one by one
+        raise UserError(f"{tensors} tensors are too few for {layers} layers")
+    with init_empty_weights() if computes else torch.device("meta"):
+        return cls(**config)
+
+
+def build(config, weights, about):
+    """A transformer of FAMILIES with exactly these weights, as float32; both may be hostile."""
+    family = family_of(config, about)
+    network = empty(family, config, len(weights))
+    stored = network.state_dict()
+    computed = {POSITIONS: network.pos_embed.pos_embed} if POSITIONS in weights.keys() - stored.keys() else {}
+    check_weights(weights, stored | computed, FLOATS)
     for name in computed:
         table = weights.pop(name)
         error = (table.double() - computed[name].double()).abs().max().item()
