@@ -1,5 +1,6 @@
 """The settings of every run: documented dataclasses, the presets, and their command line."""
 
+import argparse
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
@@ -256,10 +257,16 @@ def check(cfg):
 # Command lines.
 
 
+NAMES = ("sigma_distribution", "fake_sigma_distribution")
+
+
 def fitting(preset, /, method="sim", distance="pseudo_huber", **others):
-    """A preset's values, without its c where another loss is chosen, which takes none."""
-    keep = method in ("sim", "full") and distance == "pseudo_huber"
-    return {name: value for name, value in preset.items() if keep or name != "c"}
+    """A preset's values, without its c where another loss is chosen, which takes none, and without its mean
+    and standard deviation of levels where levels are chosen by name."""
+    unfit = [] if method in ("sim", "full") and distance == "pseudo_huber" else ["c"]
+    named = [name.removesuffix("distribution") for name in NAMES if others.get(name)]
+    unfit += [of + part for of in named for part in ("mean", "std")]
+    return {name: value for name, value in preset.items() if name not in unfit}
 
 
 def parse(cls, description, argv=None, presets=None):
@@ -267,7 +274,7 @@ def parse(cls, description, argv=None, presets=None):
     parser = Parser(description)
     add_options(parser, cls)
     if presets:
-        chosen = vars(parser.parse_known_args(argv)[0])
+        chosen = vars(parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(NAMES)))[0])
         parser.set_defaults(**fitting(presets[chosen["preset"]], **chosen))
     return cls(**vars(parser.parse_args(argv)))
 

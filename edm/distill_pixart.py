@@ -28,10 +28,11 @@ from edm.images.networks import Generator
 from edm.images.sampler import latents
 from edm.quality import captions
 from edm.text import pixart_files
-from edm.text.flow import denoiser_of, predictions
+from edm.text.flow import denoiser_of, predictions, told
+from edm.text.joint import text_encoder
 from edm.text.pixart import Guided, decode, without
 from edm.text.pretrained import quiet
-from edm.text.prompts import MAX_TOKENS, CaptionFile, TextEncoder, encode_by_index, read_prompts
+from edm.text.prompts import CaptionFile, encode_by_index, read_prompts
 from edm.training.plots import Pictures
 from edm.training.trainee import compiled
 from toy.files import UserError
@@ -106,17 +107,21 @@ class Prompts:
         self.path = str(pipeline)
         self.transformer, about = self.load_teacher()
         self.predicts = predictions(about)
+        for line in told(self.predicts):
+            self.accelerator.print(line)
         self.vae = pixart_files.load_vae(self.path).to(device)
         if cfg.captions:
+            if pixart_files.is_joint(self.transformer):
+                raise UserError(f"{cfg.captions}: holds no pooled captions, which {self.path} needs")
             self.source = CaptionFile(cfg.captions, device)
         else:
             dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
-            self.source = TextEncoder(self.path, device, dtype)
+            self.source = text_encoder(self.transformer, self.path, device, dtype)
         path = cfg.prompts or Path(self.path) / "prompts.txt"
         if not cfg.prompts and not path.exists():
             raise UserError(f"preset {cfg.preset} needs --prompts: FILE.txt, .jsonl or .csv")
         prompts = read_prompts(path)
-        width = self.transformer.config.caption_channels
+        width = pixart_files.caption_width(self.transformer)
         self.captions, self.null = encode_by_index(prompts, self.source, width), self.source.null
         self.count = len(prompts)
         self.accelerator.print(f"{self.count:,} prompts; memory:")
@@ -128,7 +133,7 @@ class Prompts:
 
     def frozen_bytes(self):
         """Of the text encoder and the VAE."""
-        networks = [self.vae] + ([self.source.model] if isinstance(self.source, TextEncoder) else [])
+        networks = [self.vae, *getattr(self.source, "networks", [])]
         return sum(p.numel() * p.element_size() for network in networks for p in network.parameters())
 
     def build(self):
@@ -163,14 +168,16 @@ class Prompts:
         """Write the moving average; of digits, what a classifier reads from its samples -> numbers."""
         cfg, weights = self.cfg, task.ema.state_dict()  # by every process, if sharded
         if cut := getattr(self.source, "truncated", 0):
-            self.accelerator.print(f"warning: {cut:,} of the prompts drawn were cut to {MAX_TOKENS} tokens")
+            self.accelerator.print(
+                f"warning: {cut:,} of the prompts drawn were cut to {self.source.max_tokens} tokens"
+            )
         if not run.first:
             return {}
         teacher, _ = self.load_teacher()
         student = copy.deepcopy(teacher)
         student.load_state_dict({k.removeprefix("denoiser.transformer."): v for k, v in weights.items()})
         checkpoints.save(path, student, **notes(cfg, self.path, cfg.steps), **self.predicts)
-        if cfg.preset not in TEACHERS or not isinstance(self.source, TextEncoder):
+        if cfg.preset not in TEACHERS or isinstance(self.source, CaptionFile):
             return {}
         student, teacher = (denoiser_of(net, self.predicts).to(task.device) for net in (student, teacher))
         generator, denoiser = Generator(student, cfg.sigma_init), self.guided(teacher)

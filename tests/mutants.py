@@ -355,8 +355,8 @@ TEXT = {
     "--sigma-init ignored": (TEXT_LOOP, "Generator(copy.deepcopy(fake), cfg.sigma_init)", "Generator(copy.deepcopy(fake))"),
     "guidance: null and caption swapped": (PIXART, "return null + self.scale * (plain - null)", "return plain + self.scale * (null - plain)"),
     "guidance: scale off by one": (PIXART, "return null + self.scale * (plain - null)", "return plain + self.scale * (plain - null)"),
-    "null caption: zeros": (PIXART, '    padded[:, :length] = null["caption"]\n', ""),
-    "null caption: its mask": (PIXART, '    kept[:, :length] = null["mask"]\n', "    kept[:] = 1\n"),
+    "null caption: zeros": (PIXART, "    row[:, : null.shape[1]] = null\n", ""),
+    "null caption: its mask": (PIXART, "row = part.new_zeros(1, *part.shape[1:])", "row = part.new_ones(1, *part.shape[1:])"),
     "the raw generator is kept": (TEXT_LOOP, "self.cfg, task.ema.state_dict()", 'self.cfg, task.generator.state_dict()["network"]'),
     "trained weights in bf16": (TEXT_LOOP, "        teacher.to(torch.bfloat16)", "        teacher.to(torch.bfloat16), fake.to(torch.bfloat16)"),
 }  # fmt: skip

@@ -5,8 +5,8 @@ form with sigma = t / (1 - t), so that
 
     D(x; sigma) = x_t - t v(x_t, 1000 t, caption),    t = sigma / (1 + sigma),    x_t = x / (1 + sigma).
 
-They are trained at a logit-normal t: ln sigma = ln(t / (1 - t)) ~ N(0, 1).  A scheduler's `shift` s moves t to
-s t / (1 + (s - 1) t), which multiplies sigma by s: ln sigma ~ N(ln s, 1).  Weight 1 on velocities is
+They are trained at a logit-normal t: ln sigma = ln(t / (1 - t)) ~ N(0, 1).  A scheduler's `shift` s moves t
+to s t / (1 + (s - 1) t), which multiplies sigma by s: ln sigma ~ N(ln s, 1).  Weight 1 on velocities is
 1 / t^2 = (1 + 1 / sigma)^2 on denoised latents.
 
 What a network predicts stands in no file of weights, but in scheduler/scheduler_config.json beside it.
@@ -79,6 +79,15 @@ def predictions(about):
     return {name: about[name] for name in ("predicts", "shift", "timesteps") if name in about}
 
 
+def told(about):
+    """What a user should know of it: lines."""
+    if "shift" in about:
+        yield (
+            f"the teacher predicts velocities, trained at ln sigma ~ N({math.log(about['shift']):.2f}, 1): "
+            "see --sigma-mean, --sigma-std"
+        )
+
+
 def read_predictions(*folders):
     """What the network of a pipeline predicts, from the first of the folders with a scheduler's settings.
 
@@ -105,8 +114,8 @@ def predictions_of(config):
     if told != "flow_prediction" or not flow_path:
         words = f"{'with' if flow_path else 'without'} use_flow_sigmas"
         raise UserError(
-            f"prediction_type {reprlib.repr(told)} {words}: only noise (epsilon) and velocities (flow_prediction "
-            "with use_flow_sigmas, or a FlowMatch scheduler) are supported"
+            f"prediction_type {reprlib.repr(told)} {words}: only noise (epsilon) and velocities "
+            "(flow_prediction with use_flow_sigmas, or a FlowMatch scheduler) are supported"
         )
     shift = config.get("shift" if name in FLOW else "flow_shift", 1.0)
     steps = config.get("num_train_timesteps", 1000)

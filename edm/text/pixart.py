@@ -55,7 +55,7 @@ class LatentDenoiser(nn.Module):
         return self.transformer.proj_out.weight.dtype
 
     def start(self, xt, sigma):
-        """-> xt and sigma (B, 1, 1, 1) in float32 (float64 if the weights are): all but the network itself."""
+        """-> xt and sigma (B, 1, 1, 1) in float32 (float64 if the weights are), like all but the network."""
         x = xt.to(torch.promote_types(self.dtype, torch.float32))
         return x, per_sample(sigma, x).view(-1, 1, 1, 1)
 
@@ -115,7 +115,7 @@ class PixArtDenoiser(LatentDenoiser):
         return torch.bucketize(torch.as_tensor(sigma).to(self.edges), self.edges)
 
     def draw_levels(self, rng, n):
-        """What it is trained on: levels uniform over the 1,000, weighted for the noise -> sigma, weight (n,)."""
+        """What it is trained on -> sigma, weight (n,): uniform over the 1,000, weight 1 on the noise."""
         step = torch.randint(len(self.levels), (n,), generator=rng, device=rng.device)
         sigma = self.levels[step].float()
         return sigma, sigma**-2
@@ -164,11 +164,16 @@ def replaced(part, null, where):
 def encode(vae, images, batch=256):
     """Images (N, 3, H, W) in [-1, 1] -> latents, scaled (diffusers' AutoencoderKL; its mean, no draw)."""
     parts = [vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mean for part in images.split(batch)]
-    return torch.cat(parts) * vae.config.scaling_factor
+    return (torch.cat(parts) - shift_of(vae)) * vae.config.scaling_factor
 
 
 @torch.no_grad()
 def decode(vae, x, batch=16):
     """Latents, scaled -> images (N, 3, H, W), about [-1, 1], float32."""
-    parts = (x.to(vae.device, vae.dtype) / vae.config.scaling_factor).split(batch)
+    parts = (x.to(vae.device, vae.dtype) / vae.config.scaling_factor + shift_of(vae)).split(batch)
     return torch.cat([vae.decode(part).sample.float() for part in parts])
+
+
+def shift_of(vae):
+    """What its latents are shifted by: SD3's are."""
+    return getattr(vae.config, "shift_factor", None) or 0.0

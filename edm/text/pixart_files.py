@@ -8,13 +8,9 @@ Every tensor of a file must find its place, and every place its tensor.  Nothing
 """
 
 import inspect
-import json
 import math
-import os
 import re
 import reprlib
-import shutil
-import tempfile
 from pathlib import Path
 
 import safetensors.torch
@@ -30,10 +26,9 @@ from edm.images.checkpoints import (
 from edm.images.foreign import read_json
 from edm.images.pth import read_pth
 from edm.text.flow import read_predictions
-from edm.text.pixart import PixArtDenoiser, sigma_of_t
 from edm.text.pixart_names import POSITIONS, from_original
 from edm.text.pretrained import pretrained
-from toy.files import UserError, check_new, naming
+from toy.files import UserError, naming
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -66,18 +61,26 @@ def load_transformer(source, heads=None, like=None):
         with naming(path):
             config, weights, about = read_file(path, heads, like)
             return build(config, weights, about), about
-    path, places = parts_of(source)
+    path, config, about = look(source, like)
     with naming(path):
-        about = read_predictions(*places, *schedulers(like))
-        return build(*read_folder(path, about), about), about
+        return build(config, read_weights(path), about), about
 
 
-def parts_of(source):
-    """-> the folder of a transformer, and those in which its scheduler may be."""
-    path = find(source, ("transformer", "scheduler"))
-    if (path / "transformer").is_dir():
-        return path / "transformer", [path]
-    return path, [path] + ([path.resolve().parent] if path.resolve().name == "transformer" else [])
+def look(source, like=None):
+    """Of a folder or a name -> the transformer's folder, its config, what it predicts; else UserError.
+
+    No weights are read.  Its scheduler is beside it, or in `like`.
+    """
+    pipeline = path = find(source, ("transformer", "scheduler"))
+    if (pipeline / "transformer").is_dir():
+        path = pipeline / "transformer"
+    elif pipeline.resolve().name == "transformer":
+        pipeline = pipeline.resolve().parent
+    with naming(path):
+        about = read_predictions(pipeline, *schedulers(like))
+        config = read_json(path / "config.json")
+        family_of(config, about)
+    return path, config, about
 
 
 def schedulers(like):
@@ -102,6 +105,9 @@ def family_of(config, about):
     """The class of diffusers that a config is of, where it goes with what is predicted."""
     sd3 = "joint_attention_dim" in config
     name = config.get("_class_name", "SD3Transformer2DModel" if sd3 else "PixArtTransformer2DModel")
+    name = (
+        "PixArtTransformer2DModel" if name == "Transformer2DModel" else name
+    )  # in old versions of diffusers
     if name not in FAMILIES:
         raise UserError(f"a {reprlib.repr(name)}: only {' and '.join(FAMILIES)} are supported")
     if name == "SD3Transformer2DModel" and about.get("predicts") != "velocity":
@@ -127,9 +133,7 @@ def find(source, parts):
         raise UserError(f"{source}: {words}") from None
 
 
-def read_folder(folder, about):
-    config = read_json(folder / "config.json")
-    family_of(config, about)  # before the weights
+def read_weights(folder):
     names, index = {WEIGHTS}, folder / f"{WEIGHTS}.index.json"
     if index.exists():  # a large one, in several files
         names = {Path(name).name for name in read_json(index)["weight_map"].values()}
@@ -138,7 +142,7 @@ def read_folder(folder, about):
         with naming(name), open_safetensors(folder / name) as file:
             weights |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     weights.pop(OLD_NULL, None)
-    return config, weights
+    return weights
 
 
 def load_vae(folder):
@@ -149,7 +153,7 @@ def load_vae(folder):
 
 
 def empty(family, config, tensors):
-    """The network without weights, of a config that so many tensors can fill; only PixArt's table is there."""
+    """The network without weights, if so many tensors can fill it; only PixArt's table is there."""
     import diffusers
     from accelerate import init_empty_weights
 
@@ -204,76 +208,34 @@ def sigma_init_of(path, about, given=None):
     return noted
 
 
-PARTS = ("tokenizer", "text_encoder", "vae")  # of a pipeline, those that a student shares with its teacher
-
-CARD = """A one-step text-to-image generator, distilled by score implicit matching (arXiv:2410.16794).
-
-    from diffusers import PixArtAlphaPipeline
-    pipe = PixArtAlphaPipeline.from_pretrained("{name}")
-    image = pipe("a prompt", num_inference_steps=1, guidance_scale=1.0, clean_caption=False).images[0]
-
-The scheduler is made for one step, from sigma = {sigma_init} at t = {t} to 0; without guidance.  diffusers
-lower-cases prompts.
-"""
+def parts_of(transformer):
+    """-> the folders of a pipeline beside the transformer, and which of them has the captions' width."""
+    numbers = ("", "_2", "_3") if is_joint(transformer) else ("",)
+    texts = [f"{part}{number}" for part in ("tokenizer", "text_encoder") for number in numbers]
+    return [*texts, "vae"], texts[-1]
 
 
-def write_pipeline(transformer, sigma_init, folder, out):
-    """Write a folder for diffusers' PixArtAlphaPipeline, whose single step is the generator's.
-
-    folder: of `find_pipeline`; its PARTS are linked or, across disks, copied.  out: must not exist.
-    """
-    out = Path(out)
-    check_new(out)
-    with naming(folder / "model_index.json"):
-        index = read_json(folder / "model_index.json")
-    classes = {"transformer": "PixArtTransformer2DModel", "scheduler": "EulerDiscreteScheduler"}
-    index |= {"_class_name": "PixArtAlphaPipeline"} | {k: ["diffusers", v] for k, v in classes.items()}
-    scheduler, t = one_step_scheduler(transformer, sigma_init)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"tmp-{out.name}-", dir=out.parent) as temporary:
-        new = Path(temporary) / out.name
-        for part in PARTS:
-            shutil.copytree(folder / part, new / part, copy_function=link)
-        transformer.save_pretrained(new / "transformer")
-        scheduler.save_pretrained(new / "scheduler")
-        (new / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        (new / "README.md").write_text(CARD.format(name=out.name, sigma_init=sigma_init, t=t))
-        new.rename(out)
+def is_joint(transformer):
+    """Whether it is of SD3's family, which takes the captions of three text encoders, and pooled ones."""
+    return "joint_attention_dim" in transformer.config
 
 
-def find_pipeline(source, caption_channels):
-    """`find`, for a pipeline with all PARTS, whose captions are as wide as the transformer's."""
-    folder = find(source, (*PARTS, "scheduler"))
-    for part in PARTS:
+def caption_width(transformer):
+    return transformer.config["joint_attention_dim" if is_joint(transformer) else "caption_channels"]
+
+
+def find_pipeline(source, transformer):
+    """`find`, for a pipeline with all parts, whose captions are as wide as the transformer's."""
+    parts, encoder = parts_of(transformer)
+    folder = find(source, (*parts, "scheduler"))
+    for part in parts:
         if not (folder / part).is_dir():
             raise UserError(f"{source}: has no {part}, so is not a whole pipeline")
-    config = folder / "text_encoder" / "config.json"
+    config = folder / encoder / "config.json"
     with naming(config):
         width = read_json(config)["d_model"]
-    if width != caption_channels:
-        raise UserError(f"{source}: its captions are {width} wide, the student's {caption_channels}")
+    if width != caption_width(transformer):
+        raise UserError(
+            f"{source}: its captions are {width} wide, the student's {caption_width(transformer)}"
+        )
     return folder
-
-
-def link(source, target):
-    """A hard link to a file, or where the disk cannot, a copy."""
-    try:
-        os.link(os.path.realpath(source), target)  # the hub's cache is of symbolic links
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def one_step_scheduler(transformer, sigma_init):
-    """-> (EulerDiscreteScheduler whose one step is the generator's, t).
-
-    Euler's step from (x, sigma) to 0 is x - sigma F(x / sqrt(sigma^2 + 1); t): the denoiser.  Trailing
-    spacing puts it at the last step, so the noise levels end at t, and the last is moved to sigma_init.
-    """
-    from diffusers import EulerDiscreteScheduler
-
-    t = int(PixArtDenoiser(transformer).timestep(torch.tensor([sigma_init], dtype=torch.float32)))
-    kept = 1 / (1 + sigma_of_t()[:t] ** 2)  # of the signal's variance, before t
-    beta = (1 - kept / torch.cat([kept.new_ones(1), kept[:-1]])).float()
-    before = float((1 - beta).cumprod(0)[-1]) if t else 1.0  # as diffusers rounds it
-    betas = [*beta.tolist(), 1 - 1 / ((1 + sigma_init**2) * before)]
-    return EulerDiscreteScheduler(t + 1, trained_betas=betas, timestep_spacing="trailing"), t
