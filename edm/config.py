@@ -145,7 +145,7 @@ class TeacherTraining(Training):
     data: str = option(None, DATA)
     beta1: float = option(0.9, "Adam's first beta", within="below one")
     flip: bool = option(False, "mirror images at random")
-    vae_steps: int = option(None, "of pixart-digits: updates of the VAE, which comes first", within="count")
+    vae_steps: int = option(None, "of the text digits: updates of the VAE, which comes first", within="count")
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class TextDistillation(Algorithm2):
     """Algorithm 2 on text-to-image, B.3."""
 
     preset: str = option("pixart-digits", "defaults for all that follows", TEXT_PRESETS)
-    teacher: str = option(None, "a diffusers pipeline: folder or hub name; pixart-digits trains its own")
+    teacher: str = option(None, "a diffusers pipeline: folder or hub name; the text digits train their own")
     transformer: str = option(None, "its transformer, if elsewhere: FILE in diffusers' or PixArt's naming")
     prompts: str = option(None, "FILE.txt, .jsonl or .csv (default: those of the pipeline's folder)")
     captions: str = option(None, "FILE.safetensors of `prompts.py encode`: features made beforehand")

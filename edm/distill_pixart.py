@@ -1,6 +1,7 @@
 """Distil a text-to-image teacher, PixArt-alpha, into a one-step generator: Algorithm 2 as in B.3.
 
     python edm/distill_pixart.py                         # digits, on a CPU; trains its teacher first
+    python edm/distill_pixart.py --preset flow-digits    # the same by a teacher that predicts a velocity
     torchrun --nproc-per-node 4 edm/distill_pixart.py --preset pixart-512 \\
         --teacher PixArt-alpha/PixArt-XL-2-512x512 --prompts captions.jsonl
 
@@ -8,6 +9,7 @@ No images are used, only prompts.  The folder of the run: generator.safetensors 
 sample_pixart.py takes and exports), metrics.json, log.csv and curves.png, samples-*.png (the same latents
 and prompts every time), panel-*.png (what both networks see), and checkpoints to --resume from.
 
+What a teacher predicts, noise or a velocity, is what the scheduler in its folder says (text/flow.py).
 --captions takes features that `prompts.py encode` made, instead of encoding prompts as they are drawn.
 """
 

@@ -9,7 +9,7 @@
 
 --out NAME.png is one picture with a row for each prompt; any other name is a folder of single PNGs,
 0003-000005.png for seed 5 of the fourth prompt, and prompts.jsonl.  --export writes a folder that diffusers'
-PixArtAlphaPipeline opens.  An image depends on its prompt and seed, not on the others of the run; on
+PixArtAlphaPipeline opens, but not of a student that predicts a velocity.  An image depends on its prompt and seed, not on the others of the run; on
 --batch only as rounding does.
 """
 
@@ -55,7 +55,9 @@ class Settings:
     out: str = option(None, "NAME.png, or a folder")
     teacher: str = option(None, "draw the teacher's images as well (the one that the student notes)",
                           nargs="?", const="", metavar="FOLDER")  # fmt: skip
-    steps: int = option(20, "of the teacher's sampler, DPM-Solver++", within="count")
+    steps: int = option(
+        20, "of the teacher's sampler: DPM-Solver++, or of a velocity its own scheduler's", within="count"
+    )
     guidance: float = option(4.5, "scale of the teacher's classifier-free guidance", within="count")
     pipeline: str = option(
         None, "tokenizer, text encoder and VAE (default: the noted teacher's)", metavar="FOLDER"

@@ -73,7 +73,7 @@ class ImageTeacher:
 
     def __init__(self, cfg, accelerator):
         if cfg.vae_steps is not None:
-            raise UserError("--vae-steps is for the preset pixart-digits")
+            raise UserError("--vae-steps is for the preset pixart-digits, and for flow-digits")
         if not cfg.data:
             raise UserError(
                 f"preset {cfg.preset} needs --data: a folder with CIFAR-10's batches, or EDM's zip"
