@@ -174,6 +174,7 @@ def drawn(cfg, prompts, state):
     if not (source := cfg.teacher or checkpoints.noted_teacher(cfg.student, about)):
         raise UserError(f"{cfg.student}: notes no teacher, so --teacher must be given")
     folder = pixart_files.find_pipeline(source, student)
+    sample_pixart.check_teacher(cfg, about, folder)
     encoder = text_encoder(student, folder, state.device, DTYPES[cfg.precision][1])
     vae = pixart_files.load_vae(folder).to(state.device)
     samplers = sample_pixart.make_samplers(cfg, student, about, folder, vae, encoder.null)

@@ -9,8 +9,8 @@
 
 --out NAME.png is one picture with a row for each prompt; any other name is a folder of single PNGs,
 0003-000005.png for seed 5 of the fourth prompt, and prompts.jsonl.  --export writes a folder that diffusers'
-PixArtAlphaPipeline opens, but not of a student that predicts a velocity.  An image depends on its prompt and seed, not on the others of the run; on
---batch only as rounding does.
+PixArtAlphaPipeline opens, of students that predict noise.  An image depends on its prompt and seed, not on
+the others of the run; on --batch only as rounding does.
 """
 
 import itertools
@@ -36,7 +36,7 @@ from edm.sample import kind_of
 from edm.text.export import check_exact, write_pipeline
 from edm.text.flow import denoiser_of
 from edm.text.joint import text_encoder
-from edm.text.pixart_files import find_pipeline, load_transformer, load_vae, look, sigma_init_of
+from edm.text.pixart_files import caption_kind, find_pipeline, load_transformer, load_vae, look, sigma_init_of
 from edm.text.pretrained import quiet
 from edm.text.sampler import draw, find_prompts, make_encode, teacher_sampler
 from edm.training import plots
@@ -136,6 +136,8 @@ def make_samplers(cfg, student, about, folder, vae, null):
         teacher = denoiser_of(*load_transformer(source, cfg.heads, like=folder)).to(device, dtype)
         if teacher.shape != denoiser.shape:
             raise UserError(f"{source}: makes images of another size than {cfg.student}")
+        if caption_kind(teacher.transformer) != caption_kind(student):
+            raise UserError(f"{source}: takes other captions than {cfg.student}")
         folders = [source, folder] if Path(source).is_dir() else [folder]
         samplers["teacher"] = teacher_sampler(teacher, folders, vae, null, cfg.steps, cfg.guidance)
     return samplers
@@ -143,6 +145,12 @@ def make_samplers(cfg, student, about, folder, vae, null):
 
 def teacher_of(cfg, about):
     return cfg.teacher or noted_teacher(cfg.student, about) or cfg.pipeline
+
+
+def check_teacher(cfg, about, folder):
+    """UserError for a teacher of a kind that is not supported, before anything heavy is loaded."""
+    if cfg.teacher is not None and not Path(teacher_of(cfg, about)).is_file():
+        look(teacher_of(cfg, about), like=folder)
 
 
 def report(seconds, batch):
@@ -194,8 +202,7 @@ def main(cfg):
     if not (source := cfg.pipeline or noted_teacher(cfg.student, about)):
         raise UserError(f"{cfg.student}: notes no teacher, so --pipeline must be given")
     folder = find_pipeline(source, student)
-    if cfg.teacher is not None and not Path(teacher_of(cfg, about)).is_file():
-        look(teacher_of(cfg, about), like=folder)  # before anything heavy is loaded
+    check_teacher(cfg, about, folder)
     if cfg.export:
         write_pipeline(student, sigma_init, folder, cfg.export)
         print(f"wrote {cfg.export}")

@@ -119,8 +119,8 @@ def predictions_of(config):
         )
     shift = config.get("shift" if name in FLOW else "flow_shift", 1.0)
     steps = config.get("num_train_timesteps", 1000)
-    if type(shift) not in (int, float) or not 1e-6 <= shift <= 1e6:
+    if type(shift) not in (int, float) or not 1e-6 <= shift < 1e6:
         raise UserError(f"its shift must be a positive number, got {reprlib.repr(shift)}")
-    if type(steps) is not int or not 1 <= steps <= 2**20:
+    if type(steps) is not int or not 1 <= steps < 2**20:
         raise UserError(f"num_train_timesteps must be a positive whole number, got {reprlib.repr(steps)}")
     return {"predicts": "velocity", "shift": float(shift), "timesteps": steps}

@@ -224,6 +224,10 @@ def caption_width(transformer):
     return transformer.config["joint_attention_dim" if is_joint(transformer) else "caption_channels"]
 
 
+def caption_kind(transformer):
+    return is_joint(transformer), caption_width(transformer)
+
+
 def find_pipeline(source, transformer):
     """`find`, for a pipeline with all parts, whose captions are as wide as the transformer's."""
     parts, encoder = parts_of(transformer)
