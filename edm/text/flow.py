@@ -107,14 +107,14 @@ def predictions_of(config):
     for option in ("invert_sigmas", "use_dynamic_shifting"):
         if config.get(option):
             raise UserError(f"{name} with {option} is not supported")
-    told = config.get("prediction_type", "flow_prediction" if flow_path else "epsilon")
+    says = config.get("prediction_type", "flow_prediction" if flow_path else "epsilon")
     flow_path = flow_path or bool(config.get("use_flow_sigmas"))
-    if told == "epsilon" and not flow_path:
+    if says == "epsilon" and not flow_path:
         return {}
-    if told != "flow_prediction" or not flow_path:
+    if says != "flow_prediction" or not flow_path:
         words = f"{'with' if flow_path else 'without'} use_flow_sigmas"
         raise UserError(
-            f"prediction_type {reprlib.repr(told)} {words}: only noise (epsilon) and velocities "
+            f"prediction_type {reprlib.repr(says)} {words}: only noise (epsilon) and velocities "
             "(flow_prediction with use_flow_sigmas, or a FlowMatch scheduler) are supported"
         )
     shift = config.get("shift" if name in FLOW else "flow_shift", 1.0)

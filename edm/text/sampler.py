@@ -35,9 +35,7 @@ def teacher_sampler(denoiser, folders, vae, null, steps, guidance):
     if isinstance(denoiser, FlowDenoiser):
         velocity = denoiser.velocity if guidance == 1 else Guided(denoiser.velocity, null, guidance)
         return flow_sampler(velocity, flow_scheduler(denoiser, folders), steps)
-    if (
-        steps == 1
-    ):  # which diffusers' pipeline knows of students alone: D(sigma z; sigma) at the highest sigma
+    if steps == 1:  # which diffusers' pipeline does of students alone: D at the highest sigma
         return Generator(Guided(denoiser, null, guidance), denoiser.levels[-1].item())
     return pixart_sampler(denoiser.transformer, folders[-1], vae, null, steps, guidance)
 
