@@ -1,5 +1,6 @@
 """The settings of every run: documented dataclasses, the presets, and their command line."""
 
+import argparse
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
@@ -78,6 +79,15 @@ TEXT_PRESETS = {  # name -> the training of its teacher, the distillation
         distill=dict(steps=900, batch=64, lr=1e-3, fake_lr=2e-3, lr_end=0.1, warmup=100, c=0.3,
                      ema_halflife=10_000, ema_rampup=0.2),
     ),
+    # Its twin that predicts velocities, distilled at the levels that it is trained on, a logit-normal t.
+    "flow-digits": dict(
+        predicts="velocity",
+        teacher=dict(vae_steps=300, steps=7000, batch=32, lr=4e-3, lr_rampup=10_000, lr_end=0.0, beta1=0.9,
+                     ema_halflife=5000, every=40_000),
+        distill=dict(steps=900, batch=64, lr=1e-3, fake_lr=2e-3, lr_end=0.1, warmup=100, c=0.3,
+                     sigma_mean=0.0, sigma_std=1.0, fake_sigma_mean=0.0, fake_sigma_std=1.0,
+                     ema_halflife=10_000, ema_rampup=0.2),
+    ),
     # B.3, whose 4 GPUs accumulate 8 times: 1024 / 4 / 8 images at a time.  Not in it, and ours: c, digits'
     # times the root of the ratio of dimensions; guidance, that of PixArt's own pipeline; the moving average,
     # with its half-life.
@@ -93,7 +103,7 @@ TEXT_PRESETS = {  # name -> the training of its teacher, the distillation
 
 # What the commands that train take for a preset.
 TEACHERS = {name: {"data": p["data"]} | p["teacher"] for name, p in PRESETS.items()}
-TEACHERS |= {"pixart-digits": TEXT_PRESETS["pixart-digits"]["teacher"]}
+TEACHERS |= {name: preset["teacher"] for name, preset in TEXT_PRESETS.items() if preset["teacher"]}
 DISTILLATIONS = {name: {"data": p["data"]} | p["distill"] for name, p in PRESETS.items()}
 TEXT_DISTILLATIONS = {name: preset["distill"] for name, preset in TEXT_PRESETS.items()}
 
@@ -155,7 +165,7 @@ class TeacherTraining(Training):
     data: str = option(None, DATA)
     beta1: float = option(0.9, "Adam's first beta", within="below one")
     flip: bool = option(False, "mirror images at random")
-    vae_steps: int = option(None, "of pixart-digits: updates of the VAE, which comes first", within="count")
+    vae_steps: int = option(None, "of the text digits: updates of the VAE, which comes first", within="count")
 
 
 @dataclass(frozen=True)
@@ -211,7 +221,7 @@ class TextDistillation(Algorithm2):
     """Algorithm 2 on text-to-image, B.3."""
 
     preset: str = option("pixart-digits", "defaults for all that follows", TEXT_PRESETS)
-    teacher: str = option(None, "a diffusers pipeline: folder or hub name; pixart-digits trains its own")
+    teacher: str = option(None, "a diffusers pipeline: folder or hub name; the text digits train their own")
     transformer: str = option(None, "its transformer, if elsewhere: FILE in diffusers' or PixArt's naming")
     prompts: str = option(None, "FILE.txt, .jsonl or .csv (default: those of the pipeline's folder)")
     captions: str = option(None, "FILE.safetensors of `prompts.py encode`: features made beforehand")
@@ -267,10 +277,16 @@ def check(cfg):
 # Command lines.
 
 
+NAMES = ("sigma_distribution", "fake_sigma_distribution")
+
+
 def fitting(preset, /, method="sim", distance="pseudo_huber", **others):
-    """A preset's values, without its c where another loss is chosen, which takes none."""
-    keep = method in ("sim", "full") and distance == "pseudo_huber"
-    return {name: value for name, value in preset.items() if keep or name != "c"}
+    """A preset's values, without its c where another loss is chosen, which takes none, and without its mean
+    and standard deviation of levels where levels are chosen by name."""
+    unfit = [] if method in ("sim", "full") and distance == "pseudo_huber" else ["c"]
+    named = [name.removesuffix("distribution") for name in NAMES if others.get(name)]
+    unfit += [of + part for of in named for part in ("mean", "std")]
+    return {name: value for name, value in preset.items() if name not in unfit}
 
 
 def parse(cls, description, argv=None, presets=None):
@@ -278,7 +294,7 @@ def parse(cls, description, argv=None, presets=None):
     parser = Parser(description)
     add_options(parser, cls)
     if presets:
-        chosen = vars(parser.parse_known_args(argv)[0])
+        chosen = vars(parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(NAMES)))[0])
         parser.set_defaults(**fitting(presets[chosen["preset"]], **chosen))
     return cls(**vars(parser.parse_args(argv)))
 

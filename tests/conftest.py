@@ -14,7 +14,16 @@ IMAGE_TESTS = [
     for name in (
         *("checkpoints", "data", "distill", "evaluate", "networks", "preference_study", "sample", "pth"),
         *("pixart", "pixart_files", "prompts", "released_text", "sample_pixart", "distill_pixart"),
-        *("text_metrics", "steps_images", "released", "device", "shared_forward", "default_dtype", "hostile"),
+        *(
+            "text_metrics",
+            "steps_images",
+            "released",
+            "device",
+            "shared_forward",
+            "default_dtype",
+            "hostile",
+            "flow",
+        ),
     )
 ]
 collect_ignore = [] if all(map(find_spec, NEEDED)) else IMAGE_TESTS
