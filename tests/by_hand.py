@@ -82,29 +82,20 @@ def denoising_loss(network, x0, sigma, noise, weight):
 
 
 class Learner:
-    """Adam on what a network has.  loss, gradient: of the last step, its mean and its norm.
+    """Adam on what a network has.  loss, gradient: of the last step, its mean and its norm."""
 
-    clip: a gradient is at most so many times as long as the mean of those before it, each as it was used, of
-    which the last fifty count most.
-    """
-
-    def __init__(self, network, beta1, beta2, clip=0.0):
-        self.parameters, self.betas, self.n = [*network.parameters()], (beta1, beta2), 0
-        self.clip, self.usual = clip, 0.0
+    def __init__(self, network, beta1, beta2, eps=1e-8):
+        self.parameters, self.betas, self.eps, self.n = [*network.parameters()], (beta1, beta2), eps, 0
         self.means, self.squares = ([torch.zeros_like(p) for p in self.parameters] for _ in "mv")
 
     def learn(self, losses, rate):
         self.n, (b1, b2) = self.n + 1, self.betas
         gradients = torch.autograd.grad(losses.mean(), self.parameters)
         self.loss, self.gradient = losses.mean().item(), flat(gradients).norm().item()
-        if self.clip and self.usual and self.gradient > self.clip * self.usual:
-            gradients = [g * self.clip * self.usual / self.gradient for g in gradients]
-            self.gradient = self.clip * self.usual
-        self.usual += (self.gradient - self.usual) / min(self.n, 50)
         for p, m, v, g in zip(self.parameters, self.means, self.squares, gradients):
             m.lerp_(g, 1 - b1)
             v.lerp_(g**2, 1 - b2)
-            p.data -= rate * m / (1 - b1**self.n) / ((v / (1 - b2**self.n)).sqrt() + 1e-8)
+            p.data -= rate * m / (1 - b1**self.n) / ((v / (1 - b2**self.n)).sqrt() + self.eps)
 
 
 def follow(average, network, keep):

@@ -23,7 +23,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
 import torch
-from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
@@ -52,8 +51,8 @@ SCHEDULES = {  # share of the run -> share of the learning rate
 }
 
 
-def optimiser_and_schedule(network, lr, steps, betas, schedule="cosine"):
-    optimiser = torch.optim.Adam(network.parameters(), lr=lr, betas=betas, fused=True)
+def optimiser_and_schedule(network, lr, steps, betas, schedule="cosine", eps=1e-8):
+    optimiser = torch.optim.Adam(network.parameters(), lr=lr, betas=betas, eps=eps, fused=True)
     return optimiser, LambdaLR(optimiser, lambda n: SCHEDULES[schedule](n / steps))
 
 
@@ -66,22 +65,9 @@ def moving_average(network, decay):
     return AveragedModel(network, multi_avg_fn=torch.no_grad()(update))
 
 
-def update(optimiser, loss, clip=0.0):
-    """A step down the gradient, which is cut to `clip` times its usual length, a running mean; 0: never.
-
-    Adam with beta1 = 0 moves a weight by up to 1 / sqrt(1 - beta2) rates: one odd sample sends psi, or theta,
-    so far that the other follows (LOG.md).
-    """
+def update(optimiser, loss):
     optimiser.zero_grad()
     loss.backward()
-    if clip:
-        seen = optimiser.param_groups[0]  # saved with the optimiser
-        limit = clip * seen.get("usual", 0.0) or math.inf
-        norm = min(clip_grad_norm_(seen["params"], limit).item(), limit)
-        seen["count"] = seen.get("count", 0) + 1
-        seen["usual"] = seen.get("usual", 0.0) + (norm - seen.get("usual", 0.0)) * max(
-            1 / seen["count"], 0.02
-        )
     optimiser.step()
 
 
@@ -126,7 +112,7 @@ class Run:
         else:
             self.generator = Generator(copy.deepcopy(teacher).requires_grad_(True), cfg.sigma_init)
         self.ema = moving_average(self.generator, cfg.ema)
-        how = cfg.steps, (0.0, cfg.beta2), cfg.schedule
+        how = cfg.steps, (0.0, cfg.beta2), cfg.schedule, cfg.eps
         self.optimiser, self.schedule = optimiser_and_schedule(self.generator, cfg.lr, *how)
         self.fake_optimiser, self.fake_schedule = optimiser_and_schedule(self.fake, cfg.fake_lr, *how)
         # latents of --fake exact
@@ -163,7 +149,7 @@ def distill(cfg, run, target, teacher, log, stop, loss_of=None):
             x0 = run.generator(normal())
         sigma = draw_fake_sigma(batch)
         loss = sim.fake_loss(run.fake, x0, sigma, normal(), fake_weight(sigma)).mean()
-        update(run.fake_optimiser, loss, cfg.clip)
+        update(run.fake_optimiser, loss)
         return loss
 
     def update_generator():
@@ -181,7 +167,7 @@ def distill(cfg, run, target, teacher, log, stop, loss_of=None):
             triple = sim.predictions(*given, cfg.space)
             losses = sim.weigh(loss_of(*triple), weight(triple, sigma, cfg.space, sigma_data))
         loss = losses.mean()
-        update(run.optimiser, loss, cfg.clip)
+        update(run.optimiser, loss)
         run.fake.requires_grad_(True)
         return loss
 
