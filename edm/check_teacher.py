@@ -23,9 +23,10 @@ from edm.images import checkpoints
 from edm.images.data import load_fitting, load_images, one_hot, to_network
 from edm.quality import checks
 from edm.text import pixart_files
-from edm.text.pixart import Guided, PixArtDenoiser, encode
+from edm.text.flow import denoiser_of
+from edm.text.joint import text_encoder
+from edm.text.pixart import Guided, encode
 from edm.text.pretrained import quiet
-from edm.text.prompts import TextEncoder
 from edm.text.sampler import FIGURE3, find_prompts
 from toy.command import Parser, add_options, check_ranges, option, run
 from toy.files import UserError, check_writable, replacing
@@ -67,14 +68,16 @@ def read_data(teacher, source, label_dim=0):
 
 
 def from_pipeline(source, data):
-    """A text-to-image pipeline, a folder or a name on the hub, whose denoiser is `pipeline_denoiser`."""
+    """A text-to-image pipeline, a folder or a name on the hub, of noise or velocities as its scheduler says."""
     quiet()
-    denoiser, width = pipeline_denoiser(source)
-    folder = pixart_files.find_pipeline(source, width)
-    encoder, prompts = TextEncoder(folder), Path(folder, "prompts.txt")
+    transformer, about = pixart_files.load_transformer(source)
+    denoiser = denoiser_of(transformer, about)
+    folder = pixart_files.find_pipeline(source, transformer)
+    encoder, prompts = text_encoder(transformer, folder), Path(folder, "prompts.txt")
     null = encoder.null
-    low, high = (denoiser.levels[i].item() for i in (0, -1))
-    teacher = checks.Teacher(denoiser, denoiser.shape, low, high, denoiser.sigma_data, cond=null)
+    teacher = checks.Teacher(denoiser, denoiser.shape, sigma_data=denoiser.sigma_data, cond=null)
+    if hasattr(denoiser, "levels"):
+        teacher.sigma_min, teacher.sigma_max = denoiser.levels[[0, -1]].tolist()
     texts = [text for _, text in find_prompts(str(prompts))] if prompts.exists() else FIGURE3
     teacher.other = encoder(texts[:: max(1, len(texts) // 4)])
     teacher.guided = lambda scale: Guided(denoiser, null, scale)
@@ -82,12 +85,6 @@ def from_pipeline(source, data):
         vae = pixart_files.load_vae(folder)
         teacher.x0 = encode(vae, fitted(data, vae, denoiser.shape[-1]))
     return teacher
-
-
-def pipeline_denoiser(source):
-    """-> (denoiser(xt, sigma, caption, mask), the width of its captions)."""
-    transformer, _ = pixart_files.load_transformer(source)
-    return PixArtDenoiser(transformer), transformer.config.caption_channels
 
 
 def fitted(source, vae, size):

@@ -1,5 +1,6 @@
 """The settings of every run: documented dataclasses, the presets, and their command line."""
 
+import argparse
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,16 @@ TABLE5 = dict(batch=256, lr=1e-5, fake_lr=1e-5, beta1=0.0, beta2=0.999, sigma_in
               sigma_distribution="sim", fake_sigma_distribution="edm", weighting="one", c=2.0, warmup=0,
               ema_halflife=500_000, every=500_000)  # fmt: skip
 
+FASHION = "/usr/share/datasets/fashion-mnist"  # where Debian puts it
+FASHION_UNET = dict(img_resolution=28, img_channels=1, label_dim=10, attn_resolutions=(7,), dropout=0.0,
+                    channel_mult_emb=2)  # fmt: skip
+# 64x64: the same U-Net with one level more, its dropout in EDM's training, whose settings are its paper's
+# Table 7; the duration, batch and rates are SiD's.  SiD has theta's beta1 at 0.9 on FFHQ and computes in
+# fp16; here both are as in Table 5.
+UNET64 = dict(CIFAR10_UNET, img_resolution=64, channel_mult=(1, 2, 2, 2), label_dim=0)
+EDM_TRAINING64 = EDM_TRAINING | dict(steps=781_250, batch=256, lr=2e-4)
+TABLE5_64 = TABLE5 | dict(batch=512, c=4.0, steps=976_563)
+
 PRESETS = {  # name -> the data, the network of the teacher, its training, the distillation
     "digits": dict(
         data="digits",
@@ -33,12 +44,17 @@ PRESETS = {  # name -> the data, the network of the teacher, its training, the d
         distill=dict(steps=760, batch=64, warmup=60, lr=1e-3, fake_lr=2e-3, lr_end=0.1, c=0.3,
                      ema_halflife=20_000, ema_rampup=0.2, samples=1797),
     ),
+    # Two hours of two cores; with a GPU, the network ten times as large.
     "fashion-mnist": dict(
-        data="/usr/share/datasets/fashion-mnist",
-        network=dict(img_resolution=32, img_channels=1, label_dim=10, model_channels=64,
-                     channel_mult=(1, 2, 2), num_blocks=2, attn_resolutions=(16,), dropout=0.0),
+        data=FASHION, network=dict(FASHION_UNET, model_channels=16, channel_mult=(1, 2, 4), num_blocks=1),
+        teacher=dict(steps=5000, batch=64, lr=2e-3, lr_end=0.0, ema_halflife=40_000, every=40_000),
+        distill=dict(steps=1500, batch=64, warmup=100, lr=5e-4, fake_lr=1e-3, lr_end=0.1, c=1.0,
+                     ema_halflife=20_000, ema_rampup=0.2, every=12_800, samples=4000),
+    ),
+    "fashion-mnist-gpu": dict(
+        data=FASHION, network=dict(FASHION_UNET, model_channels=64, channel_mult=(1, 2, 2), num_blocks=2),
         teacher=dict(steps=20_000, batch=256, lr=1e-3, lr_end=0.0, ema_halflife=100_000, every=500_000),
-        distill=dict(steps=10_000, batch=256, lr=1e-4, fake_lr=2e-4, lr_end=0.1, warmup=200, c=1.2,
+        distill=dict(steps=10_000, batch=256, lr=1e-4, fake_lr=2e-4, lr_end=0.1, warmup=200, c=1.0,
                      ema_halflife=100_000, every=100_000),
     ),
     "cifar10-uncond": dict(
@@ -47,6 +63,11 @@ PRESETS = {  # name -> the data, the network of the teacher, its training, the d
     "cifar10-cond": dict(
         data=None, network=CIFAR10_UNET | dict(label_dim=10), teacher=EDM_TRAINING,
         distill=TABLE5 | dict(steps=3_125_000)),
+    "ffhq-64": dict(
+        data=None, network=UNET64 | dict(dropout=0.05), teacher=EDM_TRAINING64, distill=TABLE5_64),
+    "afhqv2-64": dict(
+        data=None, network=UNET64 | dict(dropout=0.25), teacher=EDM_TRAINING64,
+        distill=TABLE5_64 | dict(lr=5e-6, fake_lr=5e-6)),
 }  # fmt: skip
 
 
@@ -56,6 +77,15 @@ TEXT_PRESETS = {  # name -> the training of its teacher, the distillation
         teacher=dict(vae_steps=300, steps=7000, batch=32, lr=4e-3, lr_rampup=10_000, lr_end=0.0, beta1=0.9,
                      ema_halflife=5000, every=40_000),
         distill=dict(steps=900, batch=64, lr=1e-3, fake_lr=2e-3, lr_end=0.1, warmup=100, c=0.3,
+                     ema_halflife=10_000, ema_rampup=0.2),
+    ),
+    # Its twin that predicts velocities, distilled at the levels that it is trained on, a logit-normal t.
+    "flow-digits": dict(
+        predicts="velocity",
+        teacher=dict(vae_steps=300, steps=7000, batch=32, lr=4e-3, lr_rampup=10_000, lr_end=0.0, beta1=0.9,
+                     ema_halflife=5000, every=40_000),
+        distill=dict(steps=900, batch=64, lr=1e-3, fake_lr=2e-3, lr_end=0.1, warmup=100, c=0.3,
+                     sigma_mean=0.0, sigma_std=1.0, fake_sigma_mean=0.0, fake_sigma_std=1.0,
                      ema_halflife=10_000, ema_rampup=0.2),
     ),
     # B.3, whose 4 GPUs accumulate 8 times: 1024 / 4 / 8 images at a time.  Not in it, and ours: c, digits'
@@ -73,7 +103,7 @@ TEXT_PRESETS = {  # name -> the training of its teacher, the distillation
 
 # What the commands that train take for a preset.
 TEACHERS = {name: {"data": p["data"]} | p["teacher"] for name, p in PRESETS.items()}
-TEACHERS |= {"pixart-digits": TEXT_PRESETS["pixart-digits"]["teacher"]}
+TEACHERS |= {name: preset["teacher"] for name, preset in TEXT_PRESETS.items() if preset["teacher"]}
 DISTILLATIONS = {name: {"data": p["data"]} | p["distill"] for name, p in PRESETS.items()}
 TEXT_DISTILLATIONS = {name: preset["distill"] for name, preset in TEXT_PRESETS.items()}
 
@@ -135,7 +165,7 @@ class TeacherTraining(Training):
     data: str = option(None, DATA)
     beta1: float = option(0.9, "Adam's first beta", within="below one")
     flip: bool = option(False, "mirror images at random")
-    vae_steps: int = option(None, "of pixart-digits: updates of the VAE, which comes first", within="count")
+    vae_steps: int = option(None, "of the text digits: updates of the VAE, which comes first", within="count")
 
 
 @dataclass(frozen=True)
@@ -191,7 +221,7 @@ class TextDistillation(Algorithm2):
     """Algorithm 2 on text-to-image, B.3."""
 
     preset: str = option("pixart-digits", "defaults for all that follows", TEXT_PRESETS)
-    teacher: str = option(None, "a diffusers pipeline: folder or hub name; pixart-digits trains its own")
+    teacher: str = option(None, "a diffusers pipeline: folder or hub name; the text digits train their own")
     transformer: str = option(None, "its transformer, if elsewhere: FILE in diffusers' or PixArt's naming")
     prompts: str = option(None, "FILE.txt, .jsonl or .csv (default: those of the pipeline's folder)")
     captions: str = option(None, "FILE.safetensors of `prompts.py encode`: features made beforehand")
@@ -247,10 +277,16 @@ def check(cfg):
 # Command lines.
 
 
+NAMES = ("sigma_distribution", "fake_sigma_distribution")
+
+
 def fitting(preset, /, method="sim", distance="pseudo_huber", **others):
-    """A preset's values, without its c where another loss is chosen, which takes none."""
-    keep = method in ("sim", "full") and distance == "pseudo_huber"
-    return {name: value for name, value in preset.items() if keep or name != "c"}
+    """A preset's values, without its c where another loss is chosen, which takes none, and without its mean
+    and standard deviation of levels where levels are chosen by name."""
+    unfit = [] if method in ("sim", "full") and distance == "pseudo_huber" else ["c"]
+    named = [name.removesuffix("distribution") for name in NAMES if others.get(name)]
+    unfit += [of + part for of in named for part in ("mean", "std")]
+    return {name: value for name, value in preset.items() if name not in unfit}
 
 
 def parse(cls, description, argv=None, presets=None):
@@ -258,7 +294,7 @@ def parse(cls, description, argv=None, presets=None):
     parser = Parser(description)
     add_options(parser, cls)
     if presets:
-        chosen = vars(parser.parse_known_args(argv)[0])
+        chosen = vars(parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(NAMES)))[0])
         parser.set_defaults(**fitting(presets[chosen["preset"]], **chosen))
     return cls(**vars(parser.parse_args(argv)))
 

@@ -157,7 +157,7 @@ class Images:
             self.load(cfg.teacher)
             made = self.teacher.config
         elif not cfg.data:
-            raise UserError(f"preset {cfg.preset} needs --teacher: one of NVlabs' edm-cifar10-32x32-*.pkl")
+            raise UserError(f"preset {cfg.preset} needs --teacher: one of NVlabs' edm-*.pkl")
         else:  # whose data are the teacher's: these do decide what it learned
             teacher = own_teacher(cfg, self.shared)
             holds(teacher.out, settings(teacher))

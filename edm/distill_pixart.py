@@ -1,6 +1,7 @@
 """Distil a text-to-image teacher, PixArt-alpha, into a one-step generator: Algorithm 2 as in B.3.
 
     python edm/distill_pixart.py                         # digits, on a CPU; trains its teacher first
+    python edm/distill_pixart.py --preset flow-digits    # the same by a teacher that predicts a velocity
     torchrun --nproc-per-node 4 edm/distill_pixart.py --preset pixart-512 \\
         --teacher PixArt-alpha/PixArt-XL-2-512x512 --prompts captions.jsonl
 
@@ -8,6 +9,7 @@ No images are used, only prompts.  The folder of the run: generator.safetensors 
 sample_pixart.py takes and exports), metrics.json, log.csv and curves.png, samples-*.png (the same latents
 and prompts every time), panel-*.png (what both networks see), and checkpoints to --resume from.
 
+What a teacher predicts, noise or a velocity, is what the scheduler in its folder says (text/flow.py).
 --captions takes features that `prompts.py encode` made, instead of encoding prompts as they are drawn.
 """
 
@@ -28,9 +30,11 @@ from edm.images.networks import Generator
 from edm.images.sampler import latents
 from edm.quality import captions
 from edm.text import pixart_files
-from edm.text.pixart import Guided, PixArtDenoiser, decode, without
+from edm.text.flow import denoiser_of, predictions, told
+from edm.text.joint import text_encoder
+from edm.text.pixart import Guided, decode, without
 from edm.text.pretrained import quiet
-from edm.text.prompts import MAX_TOKENS, CaptionFile, TextEncoder, encode_by_index, read_prompts
+from edm.text.prompts import CaptionFile, encode_by_index, read_prompts
 from edm.training.plots import Pictures
 from edm.training.trainee import compiled
 from toy.files import UserError
@@ -61,8 +65,7 @@ class TextDistiller(Distiller):
         cond = draw["cond"][i]
         if self.cfg.fake_guidance == 1:
             return cond
-        caption, mask = without(cond["caption"], cond["mask"], self.null, draw["hidden"][i])
-        return {"caption": caption, "mask": mask}
+        return without(cond, self.null, draw["hidden"][i])
 
     def judge(self, network):
         return network if self.cfg.fake_guidance == 1 else Guided(network, self.null, self.cfg.fake_guidance)
@@ -104,27 +107,35 @@ class Prompts:
         """The teacher's pipeline and the prompts, if there is the memory for all that they become."""
         cfg, device = self.cfg, self.accelerator.device
         self.path = str(pipeline)
-        self.transformer, _ = pixart_files.load_transformer(cfg.transformer or self.path, like=self.path)
+        self.transformer, about = self.load_teacher()
+        self.predicts = predictions(about)
+        for line in told(self.predicts):
+            self.accelerator.print(line)
         self.vae = pixart_files.load_vae(self.path).to(device)
         if cfg.captions:
+            if pixart_files.is_joint(self.transformer):
+                raise UserError(f"{cfg.captions}: holds no pooled captions, which {self.path} needs")
             self.source = CaptionFile(cfg.captions, device)
         else:
             dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
-            self.source = TextEncoder(self.path, device, dtype)
+            self.source = text_encoder(self.transformer, self.path, device, dtype)
         path = cfg.prompts or Path(self.path) / "prompts.txt"
         if not cfg.prompts and not path.exists():
             raise UserError(f"preset {cfg.preset} needs --prompts: FILE.txt, .jsonl or .csv")
         prompts = read_prompts(path)
-        width = self.transformer.config.caption_channels
+        width = pixart_files.caption_width(self.transformer)
         self.captions, self.null = encode_by_index(prompts, self.source, width), self.source.null
         self.count = len(prompts)
         self.accelerator.print(f"{self.count:,} prompts; memory:")
         plan = memory_plan(cfg, self.transformer, self.frozen_bytes(), self.accelerator.num_processes)
         tell_memory(plan, device, self.accelerator.print)
 
+    def load_teacher(self):
+        return pixart_files.load_transformer(self.cfg.transformer or self.path, like=self.path)
+
     def frozen_bytes(self):
         """Of the text encoder and the VAE."""
-        networks = [self.vae] + ([self.source.model] if isinstance(self.source, TextEncoder) else [])
+        networks = [self.vae, *getattr(self.source, "networks", [])]
         return sum(p.numel() * p.element_size() for network in networks for p in network.parameters())
 
     def build(self):
@@ -132,7 +143,7 @@ class Prompts:
         cfg, device = self.cfg, self.accelerator.device
         if cfg.checkpointing:
             self.transformer.enable_gradient_checkpointing()
-        fake = PixArtDenoiser(self.transformer).to(device).requires_grad_(True)
+        fake = denoiser_of(self.transformer, self.predicts).to(device).requires_grad_(True)
         generator = Generator(copy.deepcopy(fake), cfg.sigma_init)
         teacher = copy.deepcopy(fake)
         if cfg.precision == "bf16":  # the frozen one alone: in bf16 a weight cannot take steps of 5e-6
@@ -159,17 +170,19 @@ class Prompts:
         """Write the moving average; of digits, what a classifier reads from its samples -> numbers."""
         cfg, weights = self.cfg, task.ema.state_dict()  # by every process, if sharded
         if cut := getattr(self.source, "truncated", 0):
-            self.accelerator.print(f"warning: {cut:,} of the prompts drawn were cut to {MAX_TOKENS} tokens")
+            self.accelerator.print(
+                f"warning: {cut:,} of the prompts drawn were cut to {self.source.max_tokens} tokens"
+            )
         if not run.first:
             return {}
-        teacher, _ = pixart_files.load_transformer(cfg.transformer or self.path, like=self.path)
+        teacher, _ = self.load_teacher()
         student = copy.deepcopy(teacher)
         student.load_state_dict({k.removeprefix("denoiser.transformer."): v for k, v in weights.items()})
-        checkpoints.save(path, student, **notes(cfg, self.path, cfg.steps))
-        if cfg.preset != "pixart-digits" or not isinstance(self.source, TextEncoder):
+        checkpoints.save(path, student, **notes(cfg, self.path, cfg.steps), **self.predicts)
+        if cfg.preset not in TEACHERS or isinstance(self.source, CaptionFile):
             return {}
-        generator = Generator(PixArtDenoiser(student), cfg.sigma_init).to(task.device)
-        denoiser = self.guided(PixArtDenoiser(teacher).to(task.device))
+        student, teacher = (denoiser_of(net, self.predicts).to(task.device) for net in (student, teacher))
+        generator, denoiser = Generator(student, cfg.sigma_init), self.guided(teacher)
         reader = self.reader(task.shape, run.path / "classifier.safetensors")
         return captions.compare(reader, generator, denoiser)
 

@@ -37,9 +37,10 @@ from edm.images.data import load_fitting
 from edm.quality.judge import Judge
 from edm.quality.text_metrics import Clip, clip_score, load_aesthetic
 from edm.text import pixart_files
-from edm.text.pixart import PixArtDenoiser
+from edm.text.flow import denoiser_of
+from edm.text.joint import text_encoder
 from edm.text.pretrained import quiet
-from edm.text.prompts import DTYPES, TextEncoder
+from edm.text.prompts import DTYPES
 from edm.text.sampler import draw, find_prompts, make_encode
 from toy.command import at_least, check_ranges, option
 from toy.files import UserError, check_new, replacing
@@ -172,12 +173,13 @@ def drawn(cfg, prompts, state):
     student, about = pixart_files.load_transformer(cfg.student, like=cfg.teacher or None)
     if not (source := cfg.teacher or checkpoints.noted_teacher(cfg.student, about)):
         raise UserError(f"{cfg.student}: notes no teacher, so --teacher must be given")
-    folder = pixart_files.find_pipeline(source, student.config.caption_channels)
-    encoder = TextEncoder(folder, state.device, DTYPES[cfg.precision][1])
+    folder = pixart_files.find_pipeline(source, student)
+    sample_pixart.check_teacher(cfg, about, folder)
+    encoder = text_encoder(student, folder, state.device, DTYPES[cfg.precision][1])
     vae = pixart_files.load_vae(folder).to(state.device)
     samplers = sample_pixart.make_samplers(cfg, student, about, folder, vae, encoder.null)
     pairs = [(prompt, prompt[0]) for prompt in prompts[state.process_index :: state.num_processes]]
-    shape, encode = PixArtDenoiser(student).shape, make_encode(encoder)
+    shape, encode = denoiser_of(student, about).shape, make_encode(encoder)
     bar = dict(total=2 * math.ceil(len(pairs) / cfg.batch), disable=not state.is_main_process, leave=False)
     yield from tqdm(draw(samplers, encode, vae, shape, pairs, cfg.batch), "images", **bar)
     if encoder.truncated:

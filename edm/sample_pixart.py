@@ -9,8 +9,8 @@
 
 --out NAME.png is one picture with a row for each prompt; any other name is a folder of single PNGs,
 0003-000005.png for seed 5 of the fourth prompt, and prompts.jsonl.  --export writes a folder that diffusers'
-PixArtAlphaPipeline opens.  An image depends on its prompt and seed, not on the others of the run; on
---batch only as rounding does.
+PixArtAlphaPipeline opens, of students that predict noise.  An image depends on its prompt and seed, not on
+the others of the run; on --batch only as rounding does.
 """
 
 import itertools
@@ -30,13 +30,15 @@ from PIL import Image, ImageDraw, ImageFont
 from edm.config import DEVICE, command_line
 from edm.device import find_device, processes
 from edm.images.checkpoints import noted_teacher
+from edm.images.networks import Generator
 from edm.images.sampler import parse_seeds
 from edm.sample import kind_of
-from edm.text.pixart import PixArtDenoiser
-from edm.text.pixart_files import find_pipeline, load_transformer, load_vae, sigma_init_of, write_pipeline
+from edm.text.export import check_exact, write_pipeline
+from edm.text.flow import denoiser_of
+from edm.text.joint import text_encoder
+from edm.text.pixart_files import caption_kind, find_pipeline, load_transformer, load_vae, look, sigma_init_of
 from edm.text.pretrained import quiet
-from edm.text.prompts import TextEncoder
-from edm.text.sampler import draw, find_prompts, make_encode, student_sampler, teacher_sampler
+from edm.text.sampler import draw, find_prompts, make_encode, teacher_sampler
 from edm.training import plots
 from toy.command import check_ranges, option
 from toy.files import UserError, check_new, replacing
@@ -53,7 +55,9 @@ class Settings:
     out: str = option(None, "NAME.png, or a folder")
     teacher: str = option(None, "draw the teacher's images as well (the one that the student notes)",
                           nargs="?", const="", metavar="FOLDER")  # fmt: skip
-    steps: int = option(20, "of the teacher's sampler, DPM-Solver++", within="count")
+    steps: int = option(
+        20, "of the teacher's sampler: DPM-Solver++, or of a velocity its own scheduler's", within="count"
+    )
     guidance: float = option(4.5, "scale of the teacher's classifier-free guidance", within="count")
     pipeline: str = option(
         None, "tokenizer, text encoder and VAE (default: the noted teacher's)", metavar="FOLDER"
@@ -125,15 +129,28 @@ def make_samplers(cfg, student, about, folder, vae, null):
     """-> {"student": sample} and, if it is wanted, "teacher", with the networks on their device."""
     sigma_init = sigma_init_of(cfg.student, about, cfg.sigma_init)
     device, dtype = vae.device, null["caption"].dtype
-    denoiser = PixArtDenoiser(student).to(device, dtype)
-    samplers = {"student": student_sampler(denoiser, sigma_init)}
+    denoiser = denoiser_of(student, about).to(device, dtype)
+    samplers = {"student": Generator(denoiser, sigma_init)}
     if cfg.teacher is not None:
-        source = cfg.teacher or noted_teacher(cfg.student, about) or cfg.pipeline
-        teacher, _ = load_transformer(source, cfg.heads, like=folder)
-        if PixArtDenoiser(teacher).to(device, dtype).shape != denoiser.shape:
+        source = teacher_of(cfg, about)
+        teacher = denoiser_of(*load_transformer(source, cfg.heads, like=folder)).to(device, dtype)
+        if teacher.shape != denoiser.shape:
             raise UserError(f"{source}: makes images of another size than {cfg.student}")
-        samplers["teacher"] = teacher_sampler(teacher, folder, vae, null, cfg.steps, cfg.guidance)
+        if caption_kind(teacher.transformer) != caption_kind(student):
+            raise UserError(f"{source}: takes other captions than {cfg.student}")
+        folders = [source, folder] if Path(source).is_dir() else [folder]
+        samplers["teacher"] = teacher_sampler(teacher, folders, vae, null, cfg.steps, cfg.guidance)
     return samplers
+
+
+def teacher_of(cfg, about):
+    return cfg.teacher or noted_teacher(cfg.student, about) or cfg.pipeline
+
+
+def check_teacher(cfg, about, folder):
+    """UserError for a teacher of a kind that is not supported, before anything heavy is loaded."""
+    if cfg.teacher is not None and not Path(teacher_of(cfg, about)).is_file():
+        look(teacher_of(cfg, about), like=folder)
 
 
 def report(seconds, batch):
@@ -152,13 +169,15 @@ def draw_all(cfg, student, about, folder, pairs):
     """From all files to the images, and how long they took."""
     quiet()
     device = torch.device(find_device(cfg.device))
-    encoder = TextEncoder(folder, device, {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.precision])
+    encoder = text_encoder(
+        student, folder, device, {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.precision]
+    )
     vae = load_vae(folder).to(device)  # in float32 always: it is small
     samplers = make_samplers(cfg, student, about, folder, vae, encoder.null)
     seconds = {name: [] for name in samplers}
 
     def batches():
-        shape = PixArtDenoiser(student).shape
+        shape = denoiser_of(student, about).shape
         for name, some, images, took in draw(samplers, make_encode(encoder), vae, shape, pairs, cfg.batch):
             seconds[name].append(took)
             yield name, some, images
@@ -178,9 +197,12 @@ def main(cfg):
     prompts, seeds = find_prompts(cfg.prompts), parse_seeds(cfg.seeds)
     student, about = load_transformer(cfg.student, cfg.heads, like=cfg.pipeline)
     sigma_init = sigma_init_of(cfg.student, about, cfg.sigma_init)
+    if cfg.export:
+        check_exact(cfg.student, about)
     if not (source := cfg.pipeline or noted_teacher(cfg.student, about)):
         raise UserError(f"{cfg.student}: notes no teacher, so --pipeline must be given")
-    folder = find_pipeline(source, student.config.caption_channels)
+    folder = find_pipeline(source, student)
+    check_teacher(cfg, about, folder)
     if cfg.export:
         write_pipeline(student, sigma_init, folder, cfg.export)
         print(f"wrote {cfg.export}")

@@ -4,6 +4,7 @@
     python edm/train_teacher.py --preset fashion-mnist --precision bf16 --compile
     torchrun --nproc-per-node 4 edm/train_teacher.py --preset cifar10-cond --data cifar-10-batches-bin
     python edm/train_teacher.py --preset pixart-digits             # text to image, small enough for a CPU
+    python edm/train_teacher.py --preset flow-digits               # the same, predicting a velocity
 
 Leaves teacher.safetensors (the moving average) in its folder, with the log, its curves, sample grids by
 35 evaluations, and checkpoints to --resume from.  Ctrl-C and SIGTERM save first.
@@ -11,6 +12,7 @@ Leaves teacher.safetensors (the moving average) in its folder, with the log, its
 pixart-digits leaves pipeline/ instead, in diffusers' layout like the big one's: tokenizer, T5 encoder (of
 random weights: frozen random features tell words apart), VAE and transformer (both trained on
 scikit-learn's digits, 16x16 pixels, with captions such as "a handwritten seven"), scheduler, prompts.txt.
+flow-digits is its rectified-flow twin: network and data are the same, and the scheduler says flow matching.
 """
 
 import dataclasses
@@ -29,7 +31,8 @@ from edm.images.data import load_fitting, one_hot, to_network
 from edm.images.networks import EDMPrecond
 from edm.images.sampler import fixed_latents, heun, latents
 from edm.text import digits
-from edm.text.pixart import PixArtDenoiser, decode
+from edm.text.flow import denoiser_of
+from edm.text.pixart import decode
 from edm.text.pixart_files import load_vae
 from edm.text.pretrained import quiet
 from edm.text.prompts import TextEncoder
@@ -70,7 +73,7 @@ class ImageTeacher:
 
     def __init__(self, cfg, accelerator):
         if cfg.vae_steps is not None:
-            raise UserError("--vae-steps is for the preset pixart-digits")
+            raise UserError("--vae-steps is for the preset pixart-digits, and for flow-digits")
         if not cfg.data:
             raise UserError(
                 f"preset {cfg.preset} needs --data: a folder with CIFAR-10's batches, or EDM's zip"
@@ -102,6 +105,7 @@ class TextTeacher:
             raise UserError(f"preset {cfg.preset} has data of its own: no --data, no --flip")
         quiet()
         self.cfg, self.accelerator, self.device = cfg, accelerator, accelerator.device
+        self.predicts = TEXT_PRESETS[cfg.preset].get("predicts", "noise")
 
     def start(self, run):
         from diffusers import PixArtTransformer2DModel
@@ -114,17 +118,18 @@ class TextTeacher:
         encoder = TextEncoder(self.frozen, self.device)
         torch.manual_seed(self.cfg.seed)
         with Single():
-            network = PixArtDenoiser(PixArtTransformer2DModel(**digits.TRANSFORMER)).to(self.device)
+            network = PixArtTransformer2DModel(**digits.TRANSFORMER)
+        network = denoiser_of(network, {"predicts": self.predicts}).to(self.device)
         self.z = latents(range(40), network.shape)[0].to(self.device)
         self.caption = encoder(digits.grid_prompts())
-        return network, digits.text_examples(digits.pictures(), self.vae, encoder, network.levels)
+        return network, digits.text_examples(digits.pictures(), self.vae, encoder, network.draw_levels)
 
     def samples(self, network):
         return decode(self.vae, heun(network, self.z, **digits.SAMPLER, **self.caption))
 
     def write(self, path, network):
         if not path.exists():
-            digits.save_pipeline(path, self.frozen, network.transformer)
+            digits.save_pipeline(path, self.frozen, network.transformer, self.predicts)
 
 
 def main(cfg):

@@ -84,8 +84,8 @@ def denoising_loss(network, x0, sigma, noise, weight):
 class Learner:
     """Adam on what a network has.  loss, gradient: of the last step, its mean and its norm."""
 
-    def __init__(self, network, beta1, beta2):
-        self.parameters, self.betas, self.n = [*network.parameters()], (beta1, beta2), 0
+    def __init__(self, network, beta1, beta2, eps=1e-8):
+        self.parameters, self.betas, self.eps, self.n = [*network.parameters()], (beta1, beta2), eps, 0
         self.means, self.squares = ([torch.zeros_like(p) for p in self.parameters] for _ in "mv")
 
     def learn(self, losses, rate):
@@ -95,7 +95,7 @@ class Learner:
         for p, m, v, g in zip(self.parameters, self.means, self.squares, gradients):
             m.lerp_(g, 1 - b1)
             v.lerp_(g**2, 1 - b2)
-            p.data -= rate * m / (1 - b1**self.n) / ((v / (1 - b2**self.n)).sqrt() + 1e-8)
+            p.data -= rate * m / (1 - b1**self.n) / ((v / (1 - b2**self.n)).sqrt() + self.eps)
 
 
 def follow(average, network, keep):

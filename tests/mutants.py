@@ -341,7 +341,7 @@ IMAGE_PARTS = {
     "dropout: always": (NETWORKS, "F.dropout(h, self.dropout, self.training)", "F.dropout(h, self.dropout, True)"),
 }  # fmt: skip
 
-PIXART, TEXT_LOOP = "edm/text/pixart.py", "edm/distill_pixart.py"
+PIXART, FLOW, TEXT_LOOP = "edm/text/pixart.py", "edm/text/flow.py", "edm/distill_pixart.py"
 TEXT = {
     "--guidance ignored": (TEXT_LOOP, "if self.cfg.guidance == 1 else", "if True else"),
     "--fake-guidance ignored": (TEXT_LOOP, "return network if self.cfg.fake_guidance == 1 else Guided", "return network if True else Guided"),
@@ -355,8 +355,12 @@ TEXT = {
     "--sigma-init ignored": (TEXT_LOOP, "Generator(copy.deepcopy(fake), cfg.sigma_init)", "Generator(copy.deepcopy(fake))"),
     "guidance: null and caption swapped": (PIXART, "return null + self.scale * (plain - null)", "return plain + self.scale * (null - plain)"),
     "guidance: scale off by one": (PIXART, "return null + self.scale * (plain - null)", "return plain + self.scale * (plain - null)"),
-    "null caption: zeros": (PIXART, '    padded[:, :length] = null["caption"]\n', ""),
-    "null caption: its mask": (PIXART, '    kept[:, :length] = null["mask"]\n', "    kept[:] = 1\n"),
+    "null caption: zeros": (PIXART, "    row[:, : null.shape[1]] = null\n", ""),
+    "null caption: its mask": (PIXART, "row = part.new_zeros(1, *part.shape[1:])", "row = part.new_ones(1, *part.shape[1:])"),
+    "flow: x_t is not scaled": (FLOW, "t, x = level / (1 + level), x / (1 + level)", "t, x = level / (1 + level), x"),
+    "flow: sigma for t": (FLOW, "return x - t * self.velocity", "return x - level * self.velocity"),
+    "flow: times are rounded": (FLOW, "self.timesteps * t.flatten()", "(self.timesteps * t.flatten()).round()"),
+    "flow: weight 1 on the noise": (FLOW, "return sigma, (1 + 1 / sigma) ** 2", "return sigma, sigma**-2"),
     "the raw generator is kept": (TEXT_LOOP, "self.cfg, task.ema.state_dict()", 'self.cfg, task.generator.state_dict()["network"]'),
     "trained weights in bf16": (TEXT_LOOP, "        teacher.to(torch.bfloat16)", "        teacher.to(torch.bfloat16), fake.to(torch.bfloat16)"),
 }  # fmt: skip

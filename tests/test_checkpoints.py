@@ -210,7 +210,7 @@ WRONG = {
     "no_ema": (lambda content: content.pop("ema"), "not one of EDM: no network under 'ema'"),
     "none": (lambda content: content.update(ema=None), "not one of EDM: no network under 'ema'"),
     "vp": (renamed(outer="VPPrecond"), "'VPPrecond', 'SongUNet'.; only EDMPrecond around SongUNet"),
-    "adm": (renamed(inner="DhariwalUNet"), "'EDMPrecond', 'DhariwalUNet'.; only EDMPrecond around"),
+    "adm": (renamed(inner="DhariwalUNet"), "'EDMPrecond', 'DhariwalUNet'.; .*ADM, the network of"),
     "positional": (lambda c: state_of(c["ema"]).update(_init_args=(4, 1)), "made with positional arguments"),
     "unknown_option": (options(colour=3), "cannot build a network with colour=3"),
     "decoder": (options(decoder_type="skip"), "decoder_type must be one of standard, got 'skip'"),

@@ -759,14 +759,18 @@ def test_a_batch_must_divide_over_the_processes(monkeypatch):
         make_accelerator(config(batch=9))
 
 
-def test_table_5():
-    paper = dict(batch=256, lr=1e-5, fake_lr=1e-5, beta1=0.0, beta2=0.999, sigma_init=2.5)
+def test_table_5_and_the_settings_that_sid_publishes():
+    paper = dict(beta1=0.0, beta2=0.999, sigma_init=2.5)
     paper |= dict(sigma_distribution="sim", fake_sigma_distribution="edm", weighting="one")
-    for name, images in (("cifar10-uncond", 500_000_000), ("cifar10-cond", 800_000_000)):  # SiD's durations
+    sid = {"cifar10-uncond": (500, 256, 1e-5), "cifar10-cond": (800, 256, 1e-5)}  # M images, batch, rates
+    for name, (images, batch, lr) in (
+        sid | {"ffhq-64": (500, 512, 1e-5), "afhqv2-64": (500, 512, 5e-6)}
+    ).items():
         cfg = Distillation(preset=name, **PRESETS[name]["distill"])
         assert {k: getattr(cfg, k) for k in paper} == paper
+        assert (cfg.batch, cfg.lr, cfg.fake_lr) == (batch, lr, lr)
         assert (cfg.method, cfg.distance, cfg.space) == ("sim", "pseudo_huber", "denoised")
-        assert cfg.steps * cfg.batch == images and cfg.lr_end == 1 and cfg.fake_updates == 1
+        assert cfg.steps == math.ceil(images * 10**6 / batch) and cfg.lr_end == 1 and cfg.fake_updates == 1
     assert [PRESETS[f"cifar10-{kind}"]["network"]["label_dim"] for kind in ("uncond", "cond")] == [0, 10]
 
 

@@ -45,7 +45,7 @@ def config(**changes):
     return TextDistillation(**TEXT_PRESETS["pixart-digits"]["distill"] | TINY | changes)
 
 
-def make_pipeline(folder):
+def make_pipeline(folder, predicts="noise"):
     """All of a pipeline, small, of random weights: folder/pipeline."""
     torch.manual_seed(0)
     for name, part in zip(("tokenizer", "text_encoder"), digits.make_text_encoder()):
@@ -54,7 +54,7 @@ def make_pipeline(folder):
     transformer = PixArtTransformer2DModel(**SMALL)
     for p in transformer.parameters():
         torch.nn.init.normal_(p, std=0.5 * p[0].numel() ** -0.5)
-    digits.save_pipeline(folder / "pipeline", folder / "frozen", transformer)
+    digits.save_pipeline(folder / "pipeline", folder / "frozen", transformer, predicts)
     return folder / "pipeline"
 
 

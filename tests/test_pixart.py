@@ -206,12 +206,12 @@ def test_guidance(scale):
 
 def test_captions_are_hidden_where_asked():
     cond, null = captions(3), null_caption()
-    caption, mask = without(cond["caption"], cond["mask"], null, torch.tensor([False, True, False]))
+    caption, mask = without(cond, null, torch.tensor([False, True, False])).values()
     for i in (0, 2):
         assert torch.equal(caption[i], cond["caption"][i]) and torch.equal(mask[i], cond["mask"][i])
     assert torch.equal(caption[1, :1], null["caption"][0]) and mask[1].tolist() == [1, 0, 0, 0, 0]
     with pytest.raises(ValueError, match="the null caption has 7 tokens, the captions 5"):
-        without(cond["caption"], cond["mask"], captions(1, 7), torch.tensor([True] * 3))
+        without(cond, captions(1, 7), torch.tensor([True] * 3))
 
 
 # ----------------------------------------------------------------------------------------------

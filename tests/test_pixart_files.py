@@ -21,14 +21,9 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 from edm.images.checkpoints import save
 from edm.images.networks import Generator
 from edm.images.sampler import latents
+from edm.text.export import one_step_scheduler, write_pipeline
 from edm.text.pixart import PixArtDenoiser
-from edm.text.pixart_files import (
-    find_pipeline,
-    load_transformer,
-    one_step_scheduler,
-    sigma_init_of,
-    write_pipeline,
-)
+from edm.text.pixart_files import find_pipeline, load_transformer, sigma_init_of
 from edm.text.pixart_names import from_original
 from toy.files import UserError
 
@@ -488,7 +483,7 @@ def test_a_name_on_the_hub_when_offline():
 def export_pipeline(student, teacher, out):
     """As sample_pixart does."""
     transformer, about = load_transformer(student, like=teacher)
-    folder = find_pipeline(teacher, transformer.config.caption_channels)
+    folder = find_pipeline(teacher, transformer)
     write_pipeline(transformer, sigma_init_of(student, about), folder, out)
 
 

@@ -170,8 +170,8 @@ class VAE:
 def test_draw_fills_calls_up_and_hands_over_each_pair(monkeypatch):
     monkeypatch.setattr(sampler, "to_uint8", lambda x: x)
     calls = []
-    encode = lambda prompts: (torch.tensor([[float(len(p))] for p in prompts]), torch.ones(len(prompts), 1))
-    sample = lambda z, caption, mask: calls.append(len(z)) or z + caption[:, :, None, None]
+    encode = lambda prompts: {"caption": torch.tensor([[float(len(p))] for p in prompts])}
+    sample = lambda z, caption: calls.append(len(z)) or z + caption[:, :, None, None]
     pairs = [((i, "x" * (i + 1)), seed) for i in range(3) for seed in (5, 6, 9)]
     parts = list(sample_pixart.draw({"s": sample}, encode, VAE(), (1, 2, 2), pairs, 4))
     assert calls == [4, 4, 4] and [len(some) for _, some, _, _ in parts] == [4, 4, 1]
@@ -180,8 +180,8 @@ def test_draw_fills_calls_up_and_hands_over_each_pair(monkeypatch):
 
 
 def test_nan_is_an_error_that_names_the_seed():
-    encode = lambda prompts: (torch.zeros(len(prompts), 1), torch.zeros(len(prompts), 1))
-    sample = lambda z, caption, mask: z * float("nan")
+    encode = lambda prompts: {"caption": torch.zeros(len(prompts), 1)}
+    sample = lambda z, caption: z * float("nan")
     found = sample_pixart.draw({"s": sample}, encode, VAE(), (1, 2, 2), [((0, "a"), 7)], 2)
     with pytest.raises(UserError, match="s, seed 7 and on: the images contain NaN"):
         next(found)

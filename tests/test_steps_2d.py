@@ -25,7 +25,7 @@ METHODS = Config.__dataclass_fields__["method"].metadata["choices"]
 
 MANY = dict(target="grid", seed=3, c=0.7, sigma_distribution="pixart", fake_sigma_distribution="karras",
             steps=5, weighting="edm", fake_updates=2, warmup=1, batch=24, lr=5e-3, fake_lr=0.01, beta2=0.9,
-            schedule="constant", ema=0.1, sigma_init=1.3)  # fmt: skip
+            schedule="constant", eps=1e-3, ema=0.1, sigma_init=1.3)  # fmt: skip
 OPTIONS = [  # each case is about its last option, and the first ones see the most
     MANY, {}, VP, dict(fake="exact"), dict(teacher="exact"), *(dict(method=name) for name in METHODS[1:]),
     dict(method="sid", alpha=0.5), dict(distance="huber", delta=0.05), dict(distance="power", alpha=6),
@@ -42,8 +42,8 @@ OPTIONS = [  # each case is about its last option, and the first ones see the mo
     *(dict(fake_sigma_distribution=name) for name in ("sim", "karras", "pixart", "vp", "flow")),
     dict(network="flow"), dict(sigma_distribution="flow"), dict(network="flow", width=12),
     dict(fake_updates=3), dict(warmup=0), dict(warmup=5), dict(steps=6), dict(batch=24), dict(lr=5e-3),
-    dict(fake_lr=1e-3), dict(beta2=0.9), dict(schedule="constant"), dict(ema=0.1), dict(ema=0.0),
-    dict(width=12), VP | dict(width=12), dict(sigma_init=1.3),
+    dict(fake_lr=1e-3), dict(beta2=0.9), dict(schedule="constant"), dict(schedule="cosine"),
+    dict(eps=1e-2), dict(ema=0.1), dict(ema=0.0), dict(width=12), VP | dict(width=12), dict(sigma_init=1.3),
 ]  # fmt: skip
 
 
@@ -105,6 +105,10 @@ def cosine(step, steps):
     return (1 + math.cos(math.pi * step / steps)) / 2
 
 
+def shares(step, steps):
+    return dict(trapezoid=min(1.0, (steps - step) / (0.3 * steps)), cosine=cosine(step, steps), constant=1.0)
+
+
 def ramp(decay, step):
     """What the moving average keeps: at first nothing, then ever more up to its decay."""
     return min(decay, (1 + step) / (10 + step)) if step else 0.0
@@ -121,8 +125,8 @@ def run_by_hand(cfg):
     one_step = lambda net, z: net(cfg.sigma_init * z, torch.full((len(z),), cfg.sigma_init))
     g = (lambda net, z: net(z)) if cfg.network == "vp" else one_step
     bank, average, start = normal(cfg.bank), copy.deepcopy(theta), [flat(theta), flat(psi)]
-    of_psi, of_theta = Learner(psi, 0.0, cfg.beta2), Learner(theta, 0.0, cfg.beta2)
-    share = lambda step: cosine(step, cfg.steps) if cfg.schedule == "cosine" else 1.0
+    of_psi, of_theta = (Learner(net, 0.0, cfg.beta2, cfg.eps) for net in (psi, theta))
+    share = lambda step: shares(step, cfg.steps)[cfg.schedule]
     judge = exact_denoiser(target.means, target.stds) if cfg.teacher == "exact" else teacher
 
     def psi_learns(step):

@@ -24,21 +24,30 @@ class Denoiser(nn.Module):
         self.sigma_data, self.depth = sigma_data, depth
         self.register_buffer("frequencies", math.pi * torch.linspace(0.25, 4.0, 8, dtype=torch.float32))
         self.embed = Linear(1 + 2 * 8, 2 * depth * width)
+        ones = torch.tensor([1.0, 0.0], dtype=torch.float32).repeat(depth).repeat_interleave(width)
+        self.register_buffer("ones", ones, persistent=False)  # a layer's scale is 1 + what is learned
         self.layers = nn.ModuleList(Linear(dim if i == 0 else width, width) for i in range(depth))
         self.out = Linear(width, dim)
         nn.init.zeros_(self.out.weight)  # starts as the best linear denoiser, F = 0
         nn.init.zeros_(self.out.bias)
 
     def forward(self, xt, sigma):
-        s, d = per_sample(sigma, xt)[:, None], self.sigma_data
-        c_in = (s**2 + d**2).rsqrt()
+        s = per_sample(sigma, xt)[:, None] if torch.is_tensor(sigma) else xt.new_full((1, 1), sigma)
+        c_in = (s.square() + self.sigma_data**2).rsqrt()
+        ratio = self.sigma_data * c_in
+        h = c_in * xt
+        for layer, (scale, shift) in zip(self.layers, self.modulation(s)):
+            h = nn.functional.silu(layer(h) * scale + shift)
+        return ratio.square() * xt + s * ratio * self.out(h)
+
+    def modulation(self, s):
+        """s (B, 1), or (1, 1) for all -> of each layer (1 + scale, shift), (B, width) or (1, width)."""
         noise_level = s.log() / 4
         angle = noise_level * self.frequencies
-        embedding = self.embed(torch.cat([noise_level, angle.sin(), angle.cos()], 1)).chunk(2 * self.depth, 1)
-        h = c_in * xt
-        for layer, scale, shift in zip(self.layers, embedding[::2], embedding[1::2]):
-            h = nn.functional.silu(torch.addcmul(shift, layer(h), 1 + scale))
-        return (d * c_in) ** 2 * xt + s * d * c_in * self.out(h)
+        features = torch.cat([noise_level, angle.sin(), angle.cos()], 1)
+        bias = self.embed.bias + self.ones
+        embedding = nn.functional.linear(features, self.embed.weight, bias).chunk(2 * self.depth, 1)
+        return zip(embedding[::2], embedding[1::2])
 
 
 class Generator(nn.Module):
@@ -52,7 +61,7 @@ class Generator(nn.Module):
         self.denoiser, self.sigma_init = denoiser, sigma_init
 
     def forward(self, z):
-        return self.denoiser(self.sigma_init * z, z.new_full((len(z),), self.sigma_init))
+        return self.denoiser(self.sigma_init * z, self.sigma_init)
 
 
 def mlp(sizes):

@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
@@ -44,9 +44,16 @@ def sigma_sampler(cfg, rng, which=""):
     return partial(command.sigma_sampler(cfg, SIGMAS, which), generator=rng, dtype=torch.float32)
 
 
-def optimiser_and_schedule(network, lr, steps, betas, schedule="cosine"):
-    optimiser = torch.optim.Adam(network.parameters(), lr=lr, betas=betas, fused=True)
-    return optimiser, CosineAnnealingLR(optimiser, steps, eta_min=0.0 if schedule == "cosine" else lr)
+SCHEDULES = {  # share of the run -> share of the learning rate
+    "trapezoid": lambda t: min(1.0, (1 - t) / 0.3),
+    "cosine": lambda t: (1 + math.cos(math.pi * t)) / 2,
+    "constant": lambda t: 1.0,
+}
+
+
+def optimiser_and_schedule(network, lr, steps, betas, schedule="cosine", eps=1e-8):
+    optimiser = torch.optim.Adam(network.parameters(), lr=lr, betas=betas, eps=eps, fused=True)
+    return optimiser, LambdaLR(optimiser, lambda n: SCHEDULES[schedule](n / steps))
 
 
 def moving_average(network, decay):
@@ -105,7 +112,7 @@ class Run:
         else:
             self.generator = Generator(copy.deepcopy(teacher).requires_grad_(True), cfg.sigma_init)
         self.ema = moving_average(self.generator, cfg.ema)
-        how = cfg.steps, (0.0, cfg.beta2), cfg.schedule
+        how = cfg.steps, (0.0, cfg.beta2), cfg.schedule, cfg.eps
         self.optimiser, self.schedule = optimiser_and_schedule(self.generator, cfg.lr, *how)
         self.fake_optimiser, self.fake_schedule = optimiser_and_schedule(self.fake, cfg.fake_lr, *how)
         # latents of --fake exact

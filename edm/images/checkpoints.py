@@ -131,7 +131,8 @@ def word(value):
     return type(value) is str and len(value) < 2**12 and value.isprintable()
 
 
-NOTES = dict(sigma_init=number(1e-9, 1e9), teacher=word, preset=word, kind=word)
+NOTES = dict(sigma_init=number(1e-9, 1e9), teacher=word, preset=word, kind=word, shift=number(1e-6, 1e6),
+             timesteps=integer(1), predicts=lambda value: value in ("noise", "velocity"))  # fmt: skip
 OPTIONS = dict(
     img_resolution=integer(1, 2**10 + 1), img_channels=integer(1), label_dim=integer(0),
     augment_dim=integer(0),

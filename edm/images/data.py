@@ -49,7 +49,7 @@ def load_images(source, train=True, resolution=None):
     """Read a data set, whose kind is told by its content.
 
     source: "digits" (scikit-learn's, 1797 of 1x8x8), or the path of
-        a folder with MNIST's or Fashion-MNIST's IDX files, gzipped or not (padded with 0 to 1x32x32),
+        a folder with MNIST's or Fashion-MNIST's IDX files, gzipped or not (1x28x28),
         a folder with CIFAR-10's batches, original binary or Python version (3x32x32),
         a zip or a folder of PNGs, nested or not, in the order of their names, with or without EDM's
         dataset.json for labels: all 8-bit grey or all 8-bit RGB, of one size, square.
@@ -135,7 +135,7 @@ def load_mnist(folder, part):
     with naming(folder / f"{part}-labels-idx1-ubyte"):
         if len(labels) != len(images):
             raise UserError(f"{len(labels)} labels for {len(images)} images")
-        return F.pad(images[:, None], (2, 2, 2, 2)), below_ten(labels)
+        return images[:, None], below_ten(labels)
 
 
 def read_idx(file, *size):

@@ -44,7 +44,8 @@ def read_pickle(path):
     state = attributes(ema)
     kinds = [module.args[0]["class_name"] for module in (ema, *state["_modules"].values())]
     if kinds != ["EDMPrecond", "SongUNet"]:
-        raise UserError(f"it holds {reprlib.repr(kinds)}; only EDMPrecond around SongUNet is supported")
+        adm = "; DhariwalUNet is ADM, the network of ImageNet-64" if "DhariwalUNet" in kinds else ""
+        raise UserError(f"it holds {reprlib.repr(kinds)}; only EDMPrecond around SongUNet is supported{adm}")
     if state["_init_args"]:
         raise UserError("its network was made with positional arguments")
     dropped = ("model_type", "use_fp16", "sigma_min", "sigma_max")  # known, or without effect here

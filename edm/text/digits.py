@@ -79,28 +79,36 @@ def make_frozen(folder, seed, vae_steps):
             part.save_pretrained(unfinished / name)
 
 
-def text_examples(data, vae, encoder, levels):
-    """Latents at levels uniform over the 1,000, weighted for the noise: `examples` of a TeacherTask."""
+def text_examples(data, vae, encoder, draw_levels):
+    """Latents at the levels of draw_levels, a denoiser's: `examples` of a TeacherTask."""
     x0, labels = encode(vae, to_network(data.images)), data.labels.to(vae.device)
     captions, null = encoder(PROMPTS), encoder([""])
 
     def examples(rng, n):
-        index, template, step = (
-            torch.randint(high, (n,), generator=rng, device=rng.device)
-            for high in (len(x0), len(TEMPLATES), len(levels))
+        index, template = (
+            torch.randint(high, (n,), generator=rng, device=rng.device) for high in (len(x0), len(TEMPLATES))
         )
+        sigma, weight = draw_levels(rng, n)
         prompt = labels[index] * len(TEMPLATES) + template
         left_out = torch.rand(n, generator=rng, dtype=torch.float32, device=rng.device) < DROPOUT
-        caption, mask = without(captions["caption"][prompt], captions["mask"][prompt], null, left_out)
-        sigma = levels[step].float()
-        return x0[index], sigma, sigma**-2, {"caption": caption, "mask": mask}
+        cond = {name: part[prompt] for name, part in captions.items()}
+        return x0[index], sigma, weight, without(cond, null, left_out)
 
     return examples
 
 
-def save_pipeline(folder, frozen, transformer):
+def make_scheduler(predicts):
+    """What tells others, and us, what the network predicts."""
+    from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+
+    if predicts == "velocity":
+        return FlowMatchEulerDiscreteScheduler(shift=1.0)
+    return DPMSolverMultistepScheduler(beta_start=BETA_FIRST, beta_end=BETA_LAST, beta_schedule="linear")
+
+
+def save_pipeline(folder, frozen, transformer, predicts="noise"):
     """All of it as diffusers.PixArtAlphaPipeline.from_pretrained opens it, and prompts.txt."""
-    from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtAlphaPipeline
+    from diffusers import AutoencoderKL, PixArtAlphaPipeline
     from transformers import AutoTokenizer, T5EncoderModel
 
     pipeline = PixArtAlphaPipeline(
@@ -108,7 +116,7 @@ def save_pipeline(folder, frozen, transformer):
         T5EncoderModel.from_pretrained(frozen / "text_encoder"),
         AutoencoderKL.from_pretrained(frozen / "vae", dtype=torch.float32),
         transformer,
-        DPMSolverMultistepScheduler(beta_start=BETA_FIRST, beta_end=BETA_LAST, beta_schedule="linear"),
+        make_scheduler(predicts),
     )
     with replacing(folder) as unfinished:
         pipeline.save_pretrained(unfinished)

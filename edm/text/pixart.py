@@ -17,6 +17,11 @@ from edm.device import finest
 from edm.images.networks import per_sample
 
 STEPS, BETA_FIRST, BETA_LAST = 1000, 1e-4, 0.02
+ARGUMENTS = {  # of a condition -> of diffusers' transformers
+    "caption": "encoder_hidden_states",
+    "mask": "encoder_attention_mask",
+    "pooled": "pooled_projections",
+}
 
 
 def sigma_of_t():
@@ -29,7 +34,53 @@ def sigma_of_t():
     return ((1 - kept) / kept).sqrt()
 
 
-class PixArtDenoiser(nn.Module):
+class LatentDenoiser(nn.Module):
+    """What denoisers around a transformer of diffusers have in common: PixArtDenoiser and FlowDenoiser."""
+
+    sigma_data = 1.0  # of the latents: a VAE's scaling factor is chosen so
+
+    def __init__(self, transformer):
+        super().__init__()
+        self.transformer = transformer
+
+    @property
+    def shape(self):
+        """(C, H, W) of a latent."""
+        config = self.transformer.config
+        return config.in_channels, config.sample_size, config.sample_size
+
+    @property
+    def dtype(self):
+        """Of the weights."""
+        return self.transformer.proj_out.weight.dtype
+
+    def start(self, xt, sigma):
+        """-> xt and sigma (B, 1, 1, 1) in float32 (float64 if the weights are), like all but the network."""
+        x = xt.to(torch.promote_types(self.dtype, torch.float32))
+        return x, per_sample(sigma, x).view(-1, 1, 1, 1)
+
+    def predict(self, x, timestep, cond):
+        """What the transformer says of x, without a learned variance, in the dtype of x."""
+        given = {ARGUMENTS[name]: self.like_weights(part) for name, part in cond.items()}
+        said = self.transformer(
+            self.like_weights(x), timestep=timestep, return_dict=False, **given, **self._size(x)
+        )[0]
+        return said[:, : x.shape[1]].to(x.dtype)
+
+    def like_weights(self, part):
+        return part.to(self.dtype) if part.is_floating_point() else part
+
+    def _size(self, x):
+        """What the networks of 1,024 pixels take besides."""
+        if not getattr(self.transformer, "use_additional_conditions", False):
+            return {}
+        height, width = 8 * x.shape[2], 8 * x.shape[3]
+        size = self.like_weights(x.new_tensor([height, width])).expand(len(x), 2)
+        ratio = self.like_weights(x.new_full((len(x), 1), height / width))
+        return {"added_cond_kwargs": {"resolution": size, "aspect_ratio": ratio}}
+
+
+class PixArtDenoiser(LatentDenoiser):
     """denoiser(xt, sigma, caption, mask) -> D, like xt, in float32 (float64 if the weights are).
 
     transformer: diffusers' PixArtTransformer2DModel, whose learned variance is ignored.  Only the t that it
@@ -37,11 +88,8 @@ class PixArtDenoiser(nn.Module):
     take the size of the image and its ratio: those of xt, times the VAE's 8.
     """
 
-    sigma_data = 1.0  # of the latents: a VAE's scaling factor is chosen so
-
     def __init__(self, transformer):
-        super().__init__()
-        self.transformer = transformer
+        super().__init__(transformer)
         levels = sigma_of_t()
         self.register_buffer("levels", levels, persistent=False)
         self.register_buffer("edges", (levels[1:] + levels[:-1]) / 2, persistent=False)
@@ -62,77 +110,70 @@ class PixArtDenoiser(nn.Module):
         self.levels, self.edges = levels.to(device), edges.to(device)
         return self
 
-    @property
-    def shape(self):
-        """(C, H, W) of a latent."""
-        config = self.transformer.config
-        return config.in_channels, config.sample_size, config.sample_size
-
     def timestep(self, sigma):
         """t of the nearest of the 1,000 levels, by |difference| (B.3): (B,) int64."""
         return torch.bucketize(torch.as_tensor(sigma).to(self.edges), self.edges)
 
-    def _size(self, x):
-        """What the networks of 1,024 pixels take besides."""
-        if not self.transformer.use_additional_conditions:
-            return {"resolution": None, "aspect_ratio": None}
-        height, width = 8 * x.shape[2], 8 * x.shape[3]
-        resolution = x.new_tensor([height, width]).expand(len(x), 2)
-        return {"resolution": resolution, "aspect_ratio": x.new_full((len(x), 1), height / width)}
+    def draw_levels(self, rng, n):
+        """What it is trained on -> sigma, weight (n,): uniform over the 1,000, weight 1 on the noise."""
+        step = torch.randint(len(self.levels), (n,), generator=rng, device=rng.device)
+        sigma = self.levels[step].float()
+        return sigma, sigma**-2
 
-    def forward(self, xt, sigma, caption, mask):
-        weights = self.transformer.proj_out.weight.dtype
-        exact = torch.promote_types(weights, torch.float32)  # all but the network itself
-        x = xt.to(exact)
-        sigma = per_sample(sigma, x)
-        level = sigma.view(-1, 1, 1, 1)
-        scaled = (x / (level**2 + 1).sqrt()).to(weights)
-        noise = self.transformer(
-            scaled, encoder_hidden_states=caption.to(weights), timestep=self.timestep(sigma),
-            encoder_attention_mask=mask, added_cond_kwargs=self._size(scaled), return_dict=False,
-        )[0]  # fmt: skip
-        return x - level * noise[:, : x.shape[1]].to(exact)
+    def forward(self, xt, sigma, **cond):
+        x, level = self.start(xt, sigma)
+        noise = self.predict(x / (level**2 + 1).sqrt(), self.timestep(level.flatten()), cond)
+        return x - level * noise
 
 
 class Guided(nn.Module):
     """Classifier-free guidance: D_null + scale (D - D_null), in one call of twice the batch.
 
-    null: the caption of "", {"caption": (1, L, width), "mask": (1, L)}.
+    null: the condition of "", such as {"caption": (1, L, width), "mask": (1, L)}.  It serves whatever is
+    called like a denoiser, a velocity too.
     """
 
     def __init__(self, denoiser, null, scale):
         super().__init__()
         self.denoiser, self.null, self.scale = denoiser, null, scale
 
-    def forward(self, xt, sigma, caption, mask):
-        nobody = torch.ones(len(xt), dtype=torch.bool, device=xt.device)
-        both = [torch.cat(pair) for pair in zip((caption, mask), without(caption, mask, self.null, nobody))]
+    def forward(self, xt, sigma, **cond):
+        nobody = without(cond, self.null, torch.ones(len(xt), dtype=torch.bool, device=xt.device))
+        both = {name: torch.cat([part, nobody[name]]) for name, part in cond.items()}
         sigma = per_sample(sigma, xt).repeat(2)
-        plain, null = self.denoiser(torch.cat([xt, xt]), sigma, *both).chunk(2)
+        plain, null = self.denoiser(torch.cat([xt, xt]), sigma, **both).chunk(2)
         return null + self.scale * (plain - null)
 
 
-def without(caption, mask, null, where):
-    """Captions with the null caption in its place where (B,) is true -> caption, mask of the same shape."""
-    length, given = null["caption"].shape[1], caption.shape[1]
+def without(cond, null, where):
+    """Conditions with the null one in their place where (B,) is true, of the same names and shapes."""
+    length, given = null["caption"].shape[1], cond["caption"].shape[1]
     if length > given:
         raise ValueError(f"the null caption has {length} tokens, the captions {given}")
-    padded = caption.new_zeros(1, given, caption.shape[2])
-    padded[:, :length] = null["caption"]
-    kept = mask.new_zeros(1, given)
-    kept[:, :length] = null["mask"]
-    return torch.where(where[:, None, None], padded, caption), torch.where(where[:, None], kept, mask)
+    return {name: replaced(part, null[name], where) for name, part in cond.items()}
+
+
+def replaced(part, null, where):
+    """(B, L, *) with null (1, l, *), l <= L and zeros after it, where (B,) is true."""
+    row = part.new_zeros(1, *part.shape[1:])
+    row[:, : null.shape[1]] = null
+    return torch.where(where.view(-1, *[1] * (part.ndim - 1)), row, part)
 
 
 @torch.no_grad()
 def encode(vae, images, batch=256):
     """Images (N, 3, H, W) in [-1, 1] -> latents, scaled (diffusers' AutoencoderKL; its mean, no draw)."""
     parts = [vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mean for part in images.split(batch)]
-    return torch.cat(parts) * vae.config.scaling_factor
+    return (torch.cat(parts) - shift_of(vae)) * vae.config.scaling_factor
 
 
 @torch.no_grad()
 def decode(vae, x, batch=16):
     """Latents, scaled -> images (N, 3, H, W), about [-1, 1], float32."""
-    parts = (x.to(vae.device, vae.dtype) / vae.config.scaling_factor).split(batch)
+    parts = (x.to(vae.device, vae.dtype) / vae.config.scaling_factor + shift_of(vae)).split(batch)
     return torch.cat([vae.decode(part).sample.float() for part in parts])
+
+
+def shift_of(vae):
+    """What its latents are shifted by: SD3's are."""
+    return getattr(vae.config, "shift_factor", None) or 0.0

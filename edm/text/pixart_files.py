@@ -8,13 +8,9 @@ Every tensor of a file must find its place, and every place its tensor.  Nothing
 """
 
 import inspect
-import json
 import math
-import os
 import re
 import reprlib
-import shutil
-import tempfile
 from pathlib import Path
 
 import safetensors.torch
@@ -29,10 +25,10 @@ from edm.images.checkpoints import (
 )
 from edm.images.foreign import read_json
 from edm.images.pth import read_pth
-from edm.text.pixart import PixArtDenoiser, sigma_of_t
+from edm.text.flow import read_predictions
 from edm.text.pixart_names import POSITIONS, from_original
 from edm.text.pretrained import pretrained
-from toy.files import UserError, check_new, naming
+from toy.files import UserError, naming
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -40,41 +36,83 @@ OLD_NULL = "caption_projection.y_embedding"  # the null caption, which old versi
 # What a config may ask for before it is compared with the tensors.  PixArt's at 1,024 pixels has a width of
 # 16 * 72 and 64 * 64 patches, a table of positions of 4.7 million.
 SIZES = dict(num_layers=MAX_BLOCKS, sample_size=1024, patch_size=64, num_attention_heads=256,
-             attention_head_dim=2048, in_channels=2**14, cross_attention_dim=2**14)  # fmt: skip
+             attention_head_dim=2048, in_channels=2**14)  # fmt: skip
+WIDTHS = dict.fromkeys(("joint_attention_dim", "caption_projection_dim", "pooled_projection_dim"), 2**14)
+FAMILIES = {  # class of diffusers -> the sizes in its config
+    "PixArtTransformer2DModel": SIZES | dict(cross_attention_dim=2**14),
+    "SD3Transformer2DModel": SIZES | WIDTHS | dict(pos_embed_max_size=1024),
+}
 MAX_TABLE = 2**23
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def load_transformer(source, heads=None, like=None):
-    """-> (PixArtTransformer2DModel on the CPU, eval mode, float32, gradients off; dict of notes).
+    """-> (a transformer of FAMILIES on the CPU, eval mode, float32, gradients off; dict of notes).
 
     source: a folder of a diffusers pipeline or of its transformer, the name of a pipeline on the hub, a
     student, or one in PixArt's own naming (.pth or .safetensors), such as the released
     SIM-DiT.  The latter do not tell the number of attention heads: `heads`, or that of `like`, a pipeline's
-    folder with a transformer as wide, or 16 at width 1,152 (XL).  Notes are empty but for our own files.
+    folder with a transformer as wide, or 16 at width 1,152 (XL).  Notes are those of our own files; of others
+    what is predicted (`edm.text.flow`), as the pipeline's scheduler tells it, or else that of `like`.
     Raises UserError, in one line that names the source.
     """
-    path, about = Path(source), {}
-    if not path.is_file():
-        path = find(source, ("transformer",))
-        path = path / "transformer" if (path / "transformer").is_dir() else path
-    with naming(path):
-        if path.is_dir():
-            config, weights = read_folder(path)
-        else:
+    path = Path(source)
+    if path.is_file():
+        with naming(path):
             config, weights, about = read_file(path, heads, like)
-        return build(config, weights), about
+            return build(config, weights, about), about
+    path, config, about = look(source, like)
+    with naming(path):
+        return build(config, read_weights(path), about), about
+
+
+def look(source, like=None):
+    """Of a folder or a name -> the transformer's folder, its config, what it predicts; else UserError.
+
+    No weights are read.  Its scheduler is beside it, or in `like`.
+    """
+    pipeline = path = find(source, ("transformer", "scheduler"))
+    if (pipeline / "transformer").is_dir():
+        path = pipeline / "transformer"
+    elif pipeline.resolve().name == "transformer":
+        pipeline = pipeline.resolve().parent
+    with naming(path):
+        about = read_predictions(pipeline, *schedulers(like))
+        config = read_json(path / "config.json")
+        family_of(config, about)
+    return path, config, about
+
+
+def schedulers(like):
+    return [find(like, ("scheduler",))] if like else []
 
 
 def read_file(path, heads, like):
+    """-> config, {name: tensor}, notes."""
     with open(path, "rb") as file:
-        if not is_safetensors(file.read(9)):
-            return *from_original(read_pth(path), heads, like), {}
-    with open_safetensors(path) as file:
-        ours = "config" in (file.metadata() or {})
-    if ours:
-        return read_safetensors(path)
-    return *from_original(safetensors.torch.load_file(path), heads, like), {}
+        safe = is_safetensors(file.read(9))
+    if safe:
+        with open_safetensors(path) as file:
+            ours = "config" in (file.metadata() or {})
+        if ours:
+            return read_safetensors(path)
+    about = read_predictions(*schedulers(like))
+    weights = safetensors.torch.load_file(path) if safe else read_pth(path)
+    return *from_original(weights, heads, like), about
+
+
+def family_of(config, about):
+    """The class of diffusers that a config is of, where it goes with what is predicted."""
+    sd3 = "joint_attention_dim" in config
+    name = config.get("_class_name", "SD3Transformer2DModel" if sd3 else "PixArtTransformer2DModel")
+    name = (
+        "PixArtTransformer2DModel" if name == "Transformer2DModel" else name
+    )  # in old versions of diffusers
+    if name not in FAMILIES:
+        raise UserError(f"a {reprlib.repr(name)}: only {' and '.join(FAMILIES)} are supported")
+    if name == "SD3Transformer2DModel" and about.get("predicts") != "velocity":
+        raise UserError(f"a {name}, but no scheduler says that it predicts velocities")
+    return name
 
 
 def find(source, parts):
@@ -95,8 +133,7 @@ def find(source, parts):
         raise UserError(f"{source}: {words}") from None
 
 
-def read_folder(folder):
-    config = read_json(folder / "config.json")
+def read_weights(folder):
     names, index = {WEIGHTS}, folder / f"{WEIGHTS}.index.json"
     if index.exists():  # a large one, in several files
         names = {Path(name).name for name in read_json(index)["weight_map"].values()}
@@ -105,7 +142,7 @@ def read_folder(folder):
         with naming(name), open_safetensors(folder / name) as file:
             weights |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     weights.pop(OLD_NULL, None)
-    return config, weights
+    return weights
 
 
 def load_vae(folder):
@@ -115,28 +152,38 @@ def load_vae(folder):
     return pretrained(AutoencoderKL, folder, "vae", dtype=torch.float32, use_safetensors=True)
 
 
-def build(config, weights):
-    """PixArtTransformer2DModel(**config) with exactly these weights, as float32; both may be hostile."""
+def empty(family, config, tensors):
+    """The network without weights, if so many tensors can fill it; only PixArt's table is there."""
+    import diffusers
     from accelerate import init_empty_weights
-    from diffusers import PixArtTransformer2DModel
 
-    known = inspect.signature(PixArtTransformer2DModel).parameters  # old versions' configs have more
+    cls, limits = getattr(diffusers, family), FAMILIES[family]
+    words = f"no config of a {family.removesuffix('Transformer2DModel')} transformer"
+    known = inspect.signature(cls).parameters  # old versions' configs have more
     config = {name: value for name, value in config.items() if name in known}
     if "num_layers" not in config:
-        raise UserError("no config of a PixArt transformer: it names no num_layers")
-    sizes = {name: config.get(name, known[name].default) for name in SIZES}
+        raise UserError(f"{words}: it names no num_layers")
+    sizes = {name: config.get(name, known[name].default) for name in limits}
     for name, value in sizes.items():
-        if type(value) is not int or not 0 < value <= SIZES[name]:
-            raise UserError(f"no config of a PixArt transformer: {name}={reprlib.repr(value)}")
+        if type(value) is not int or not 0 < value <= limits[name]:
+            raise UserError(f"{words}: {name}={reprlib.repr(value)}")
     layers, patches = sizes["num_layers"], sizes["sample_size"] // sizes["patch_size"]
-    if patches**2 * sizes["num_attention_heads"] * sizes["attention_head_dim"] > MAX_TABLE:
-        raise UserError("no config of a PixArt transformer: its table of positions is too large")
-    if layers * 21 > len(weights):  # of a block; before building them one by one
-        raise UserError(f"{len(weights)} tensors are too few for {layers} layers")
-    with init_empty_weights():  # but the table of positions is computed
-        network = PixArtTransformer2DModel(**config)
-    computed = {POSITIONS: network.pos_embed.pos_embed} if POSITIONS in weights else {}
-    check_weights(weights, network.state_dict() | computed, FLOATS)
+    computes = "pos_embed_max_size" not in sizes  # its positions, which SD3's files hold
+    if computes and patches**2 * sizes["num_attention_heads"] * sizes["attention_head_dim"] > MAX_TABLE:
+        raise UserError(f"{words}: its table of positions is too large")
+    if layers * 21 > tensors:  # of a block; before building them one by one
+        raise UserError(f"{tensors} tensors are too few for {layers} layers")
+    with init_empty_weights() if computes else torch.device("meta"):
+        return cls(**config)
+
+
+def build(config, weights, about):
+    """A transformer of FAMILIES with exactly these weights, as float32; both may be hostile."""
+    family = family_of(config, about)
+    network = empty(family, config, len(weights))
+    stored = network.state_dict()
+    computed = {POSITIONS: network.pos_embed.pos_embed} if POSITIONS in weights.keys() - stored.keys() else {}
+    check_weights(weights, stored | computed, FLOATS)
     for name in computed:
         table = weights.pop(name)
         error = (table.double() - computed[name].double()).abs().max().item()
@@ -161,76 +208,38 @@ def sigma_init_of(path, about, given=None):
     return noted
 
 
-PARTS = ("tokenizer", "text_encoder", "vae")  # of a pipeline, those that a student shares with its teacher
-
-CARD = """A one-step text-to-image generator, distilled by score implicit matching (arXiv:2410.16794).
-
-    from diffusers import PixArtAlphaPipeline
-    pipe = PixArtAlphaPipeline.from_pretrained("{name}")
-    image = pipe("a prompt", num_inference_steps=1, guidance_scale=1.0, clean_caption=False).images[0]
-
-The scheduler is made for one step, from sigma = {sigma_init} at t = {t} to 0; without guidance.  diffusers
-lower-cases prompts.
-"""
+def parts_of(transformer):
+    """-> the folders of a pipeline beside the transformer, and which of them has the captions' width."""
+    numbers = ("", "_2", "_3") if is_joint(transformer) else ("",)
+    texts = [f"{part}{number}" for part in ("tokenizer", "text_encoder") for number in numbers]
+    return [*texts, "vae"], texts[-1]
 
 
-def write_pipeline(transformer, sigma_init, folder, out):
-    """Write a folder for diffusers' PixArtAlphaPipeline, whose single step is the generator's.
-
-    folder: of `find_pipeline`; its PARTS are linked or, across disks, copied.  out: must not exist.
-    """
-    out = Path(out)
-    check_new(out)
-    with naming(folder / "model_index.json"):
-        index = read_json(folder / "model_index.json")
-    classes = {"transformer": "PixArtTransformer2DModel", "scheduler": "EulerDiscreteScheduler"}
-    index |= {"_class_name": "PixArtAlphaPipeline"} | {k: ["diffusers", v] for k, v in classes.items()}
-    scheduler, t = one_step_scheduler(transformer, sigma_init)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"tmp-{out.name}-", dir=out.parent) as temporary:
-        new = Path(temporary) / out.name
-        for part in PARTS:
-            shutil.copytree(folder / part, new / part, copy_function=link)
-        transformer.save_pretrained(new / "transformer")
-        scheduler.save_pretrained(new / "scheduler")
-        (new / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        (new / "README.md").write_text(CARD.format(name=out.name, sigma_init=sigma_init, t=t))
-        new.rename(out)
+def is_joint(transformer):
+    """Whether it is of SD3's family, which takes the captions of three text encoders, and pooled ones."""
+    return "joint_attention_dim" in transformer.config
 
 
-def find_pipeline(source, caption_channels):
-    """`find`, for a pipeline with all PARTS, whose captions are as wide as the transformer's."""
-    folder = find(source, (*PARTS, "scheduler"))
-    for part in PARTS:
+def caption_width(transformer):
+    return transformer.config["joint_attention_dim" if is_joint(transformer) else "caption_channels"]
+
+
+def caption_kind(transformer):
+    return is_joint(transformer), caption_width(transformer)
+
+
+def find_pipeline(source, transformer):
+    """`find`, for a pipeline with all parts, whose captions are as wide as the transformer's."""
+    parts, encoder = parts_of(transformer)
+    folder = find(source, (*parts, "scheduler"))
+    for part in parts:
         if not (folder / part).is_dir():
             raise UserError(f"{source}: has no {part}, so is not a whole pipeline")
-    config = folder / "text_encoder" / "config.json"
+    config = folder / encoder / "config.json"
     with naming(config):
         width = read_json(config)["d_model"]
-    if width != caption_channels:
-        raise UserError(f"{source}: its captions are {width} wide, the student's {caption_channels}")
+    if width != caption_width(transformer):
+        raise UserError(
+            f"{source}: its captions are {width} wide, the student's {caption_width(transformer)}"
+        )
     return folder
-
-
-def link(source, target):
-    """A hard link to a file, or where the disk cannot, a copy."""
-    try:
-        os.link(os.path.realpath(source), target)  # the hub's cache is of symbolic links
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def one_step_scheduler(transformer, sigma_init):
-    """-> (EulerDiscreteScheduler whose one step is the generator's, t).
-
-    Euler's step from (x, sigma) to 0 is x - sigma F(x / sqrt(sigma^2 + 1); t): the denoiser.  Trailing
-    spacing puts it at the last step, so the noise levels end at t, and the last is moved to sigma_init.
-    """
-    from diffusers import EulerDiscreteScheduler
-
-    t = int(PixArtDenoiser(transformer).timestep(torch.tensor([sigma_init], dtype=torch.float32)))
-    kept = 1 / (1 + sigma_of_t()[:t] ** 2)  # of the signal's variance, before t
-    beta = (1 - kept / torch.cat([kept.new_ones(1), kept[:-1]])).float()
-    before = float((1 - beta).cumprod(0)[-1]) if t else 1.0  # as diffusers rounds it
-    betas = [*beta.tolist(), 1 - 1 / ((1 + sigma_init**2) * before)]
-    return EulerDiscreteScheduler(t + 1, trained_betas=betas, timestep_spacing="trailing"), t

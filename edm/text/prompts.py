@@ -117,6 +117,7 @@ class TextEncoder:
         if len(self.tokenizer) > model.config.vocab_size or not self.tokenizer("").input_ids:
             raise UserError(f"{folder}: its tokenizer is not that of its text encoder")
         self.model = model.to(device)
+        self.networks = [self.model]
         self.name, self.width = str(folder), model.config.d_model
         self.max_tokens, self.truncated = max_tokens, 0
 
@@ -146,7 +147,7 @@ def encode_by_index(prompts, source, width):
     """
     if source.width != width:
         raise UserError(f"{source.name}: captions of width {source.width}, but the denoiser takes {width}")
-    if isinstance(source, TextEncoder):
+    if not isinstance(source, CaptionFile):
         return lambda indices: source([prompts[i] for i in indices])
     if source.prompts_digest != digest(prompts):
         raise UserError(f"{source.name}: not made of these {len(prompts)} prompts")

@@ -1,6 +1,6 @@
-"""Images from prompts: the one-step student, and its teacher by diffusers' own pipeline.
+"""Images from prompts: the one-step student, and its teacher by the solver of its own scheduler.
 
-sample(z, caption, mask) -> latents like z.
+sample(z, **cond) -> latents like z.
 """
 
 import time
@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from edm.images.data import to_uint8
+from edm.images.foreign import read_json
 from edm.images.networks import Generator
 from edm.images.sampler import latents
-from edm.text.pixart import Guided, PixArtDenoiser, decode, without
+from edm.text.flow import CONFIG, FlowDenoiser, read_predictions
+from edm.text.pixart import Guided, decode, without
 from edm.text.prompts import read_prompts
 from toy.files import UserError, naming
 
@@ -28,34 +30,34 @@ FIGURE3 = (  # B.6
 )
 
 
-def student_sampler(denoiser, sigma_init):
-    """The generator, g(z) = D(sigma_init z; sigma_init)."""
-    generator = Generator(denoiser, sigma_init)
-    return lambda z, caption, mask: generator(z, caption=caption, mask=mask)
+def teacher_sampler(denoiser, folders, vae, null, steps, guidance):
+    """The solver of the first of the folders with one for such a teacher, from the same z as the student."""
+    if isinstance(denoiser, FlowDenoiser):
+        velocity = denoiser.velocity if guidance == 1 else Guided(denoiser.velocity, null, guidance)
+        return flow_sampler(velocity, flow_scheduler(denoiser, folders), steps)
+    if steps == 1:  # which diffusers' pipeline does of students alone: D at the highest sigma
+        return Generator(Guided(denoiser, null, guidance), denoiser.levels[-1].item())
+    return pixart_sampler(denoiser.transformer, folders[-1], vae, null, steps, guidance)
 
 
-def teacher_sampler(transformer, folder, vae, null, steps, guidance):
-    """diffusers' own pipeline with the solver of that folder, from the same z as the student.
-
-    One step, which that pipeline knows of students alone, is D(sigma z; sigma) at the highest sigma.
-    """
-    if steps == 1:
-        denoiser = PixArtDenoiser(transformer).to(vae.device)
-        return student_sampler(Guided(denoiser, null, guidance), denoiser.levels[-1].item())
+def pixart_sampler(transformer, folder, vae, null, steps, guidance):
+    """diffusers' own pipeline."""
     from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline
 
+    if read_predictions(folder):
+        raise UserError(f"{folder}: its scheduler is for velocities, and the teacher predicts noise")
     with naming(f"{folder}/scheduler"):
         scheduler = DPMSolverMultistepScheduler.from_pretrained(folder, subfolder="scheduler")
     pipeline = PixArtAlphaPipeline(None, None, vae, transformer, scheduler)
     pipeline.set_progress_bar_config(disable=True)
 
-    def sample(z, caption, mask):
-        everyone = torch.ones(len(z), dtype=torch.bool, device=z.device)
-        null_caption, null_mask = without(caption, mask, null, everyone)
+    def sample(z, **cond):
+        nobody = without(cond, null, torch.ones(len(z), dtype=torch.bool, device=z.device))
         return pipeline(
-            latents=z.to(caption.dtype), prompt_embeds=caption, prompt_attention_mask=mask,
-            negative_prompt=None, negative_prompt_embeds=null_caption,
-            negative_prompt_attention_mask=null_mask,
+            latents=z.to(cond["caption"].dtype),
+            prompt_embeds=cond["caption"], prompt_attention_mask=cond["mask"],
+            negative_prompt=None, negative_prompt_embeds=nobody["caption"],
+            negative_prompt_attention_mask=nobody["mask"],
             num_inference_steps=steps, guidance_scale=guidance, output_type="latent",
             use_resolution_binning=False,
         ).images  # fmt: skip
@@ -63,16 +65,46 @@ def teacher_sampler(transformer, folder, vae, null, steps, guidance):
     return sample
 
 
+def flow_scheduler(denoiser, folders):
+    """The scheduler of the first folder with one for velocities, or else Euler's."""
+    import diffusers
+
+    for folder in folders:
+        if read_predictions(folder):
+            with naming(Path(folder, CONFIG)):
+                name = read_json(Path(folder, CONFIG))["_class_name"]
+                return getattr(diffusers, name).from_pretrained(folder, subfolder="scheduler")
+    return diffusers.FlowMatchEulerDiscreteScheduler(denoiser.timesteps, denoiser.shift)
+
+
+def flow_sampler(velocity, scheduler, steps):
+    """A scheduler's solver from t = 1, where x_t is z, to 0.  The network is told its t, not rounded."""
+
+    def sample(z, **cond):
+        scheduler.set_timesteps(steps, device=z.device)
+        scheduler.set_begin_index(0)
+        x = z
+        for told, t in zip(scheduler.timesteps, scheduler.sigmas.tolist()):
+            x = scheduler.step(velocity(x, t, **cond), told, x, return_dict=False)[0]
+        return x
+
+    return sample
+
+
 def make_encode(encoder):
-    """-> encode(prompts) -> caption (B, L, width), mask (B, L), of one L, each prompt encoded alone."""
+    """-> encode(prompts) -> conditions (B, ...), captions of one length, each prompt encoded alone."""
 
     @lru_cache(64)
     def single(prompt):
         found = encoder([prompt])
-        missing = encoder.max_tokens - found["mask"].shape[1]
-        return F.pad(found["caption"], (0, 0, 0, missing)), F.pad(found["mask"], (0, missing))
+        missing = max(0, encoder.max_tokens - found["caption"].shape[1])
+        return {name: F.pad(part, (0, 0) * (part.ndim - 2) + (0, missing)) for name, part in found.items()}
 
-    return lambda prompts: map(torch.cat, zip(*map(single, prompts)))
+    def encode(prompts):
+        found = [single(prompt) for prompt in prompts]
+        return {name: torch.cat([one[name] for one in found]) for name in found[0]}
+
+    return encode
 
 
 @torch.no_grad()
@@ -86,11 +118,11 @@ def draw(samplers, encode, vae, shape, pairs, batch):
     for start in range(0, len(pairs), batch):
         some = pairs[start : start + batch]
         full = some + some[-1:] * (batch - len(some))
-        caption, mask = encode([prompt for (_, prompt), _ in full])
+        cond = encode([prompt for (_, prompt), _ in full])
         z = latents([seed for _, seed in full], shape)[0].to(vae.device)
         for name, sample in samplers.items():
             begin = time.perf_counter()
-            x = sample(z, caption, mask).float().cpu()  # to the CPU, so that a GPU has finished
+            x = sample(z, **cond).float().cpu()  # to the CPU, so that a GPU has finished
             seconds = time.perf_counter() - begin
             try:
                 images = to_uint8(decode(vae, x[: len(some)], batch=1).cpu())
