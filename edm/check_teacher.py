@@ -9,19 +9,24 @@ A line for each check, ok or WRONG with what to do, and a picture of the denoisi
 that the teacher was trained on.
 """
 
+import math
 import runpy
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 from edm.images import checkpoints
 from edm.images.data import load_fitting, load_images, one_hot, to_network
-from edm.quality import checks
+from edm.images.networks import per_sample
+from edm.quality import checks, wiring
 from edm.text import pixart_files
 from edm.text.flow import denoiser_of
 from edm.text.joint import text_encoder
@@ -45,12 +50,47 @@ class Settings:
 
 
 # --- What is checked.
+@dataclass
+class Teacher:
+    """denoiser(xt, sigma, **cond), and what is known of it.
+
+    x0: (N, *shape), data in a random order, or None.  cond: {name: (N or fewer, ...)}, row i with sample i,
+    then again from the first.  other: a cond for the check of captions.  guided: scale -> denoiser.
+    """
+
+    denoiser: Any
+    shape: tuple
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    sigma_data: float | None = None
+    x0: torch.Tensor | None = None
+    cond: dict | None = None
+    other: dict | None = None
+    guided: Any = None
+
+    def raw(self, x, sigma, n=None, cond=None, denoiser=None):
+        """What it says of float32 x (B, *shape), sigma (B,); row i goes with sample i modulo n."""
+        cond, index = self.cond if cond is None else cond, torch.arange(len(x))
+        rows = {k: v[index % min(n or len(x), len(v))] for k, v in (cond or {}).items()}
+        sigma = per_sample(sigma, x.float()).contiguous()
+        try:
+            return (denoiser or self.denoiser)(x.float(), sigma, **rows)
+        except Exception as error:  # anything: it is somebody's program
+            words = " ".join(f"{type(error).__name__}: {error}".split())[:150]
+            raise checks.Broken(f"it raises at sigma {sigma[0]:.3g}: {words}") from error
+
+    @torch.no_grad()
+    def said(self, x, sigma, n=None, **more):
+        """The same, float64, without gradient and without the channels of a learned variance."""
+        return self.raw(x, sigma, n, **more)[:, : self.shape[0]].double()
+
+
 def from_images(path, data):
     """EDM's U-Net, of ours or NVlabs' files."""
     network, about = checkpoints.load(path)
     if "sigma_init" in about:
         raise UserError(f"{path}: a one-step generator, not a teacher")
-    teacher = checks.Teacher(network, network.shape, sigma_data=network.sigma_data)
+    teacher = Teacher(network, network.shape, sigma_data=network.sigma_data)
     if data:
         read_data(teacher, data, network.label_dim)
     elif network.label_dim:
@@ -68,14 +108,14 @@ def read_data(teacher, source, label_dim=0):
 
 
 def from_pipeline(source, data):
-    """A text-to-image pipeline, a folder or a name on the hub, of noise or velocities as its scheduler says."""
+    """A text-to-image pipeline, a folder or a name on the hub; its scheduler says what it predicts."""
     quiet()
     transformer, about = pixart_files.load_transformer(source)
     denoiser = denoiser_of(transformer, about)
     folder = pixart_files.find_pipeline(source, transformer)
     encoder, prompts = text_encoder(transformer, folder), Path(folder, "prompts.txt")
     null = encoder.null
-    teacher = checks.Teacher(denoiser, denoiser.shape, sigma_data=denoiser.sigma_data, cond=null)
+    teacher = Teacher(denoiser, denoiser.shape, sigma_data=denoiser.sigma_data, cond=null)
     if hasattr(denoiser, "levels"):
         teacher.sigma_min, teacher.sigma_max = denoiser.levels[[0, -1]].tolist()
     texts = [text for _, text in find_prompts(str(prompts))] if prompts.exists() else FIGURE3
@@ -105,9 +145,9 @@ def from_python(path, data):
         if not callable(found["denoiser"]):
             raise TypeError("denoiser cannot be called")
         names = {"sigma_min", "sigma_max", "sigma_data"} & found.keys()
-        teacher = checks.Teacher(found["denoiser"], shape, **{k: found[k] for k in names})
+        teacher = Teacher(found["denoiser"], shape, **{k: found[k] for k in names})
         teacher.x0, teacher.cond = (found[k](MOST) if k in found else None for k in ("data", "cond"))
-        teacher.check()
+        verify(teacher)
     except (Exception, SystemExit) as error:  # anything: it is somebody's program
         words = f"needs a {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
         raise UserError(f"{path}: {' '.join(words.split())[:300]}") from None
@@ -116,10 +156,66 @@ def from_python(path, data):
     return teacher
 
 
+def verify(teacher):
+    """Sort out what a user's file says.  Raises ValueError."""
+    numbers = (
+        teacher.sigma_min,
+        teacher.sigma_max,
+        1.0 if teacher.sigma_data is None else teacher.sigma_data,
+    )
+    if not all(0 < float(v) < math.inf for v in numbers) or teacher.sigma_min >= teacher.sigma_max:
+        raise ValueError("sigma_min < sigma_max and sigma_data must be positive numbers")
+    if teacher.cond is not None and not all(map(torch.is_tensor, dict(teacher.cond).values())):
+        raise ValueError("cond(n) must be a dictionary of tensors")
+    if (x0 := teacher.x0) is None:
+        return
+    found = tuple(getattr(x0, "shape", ()))
+    if not torch.is_tensor(x0) or found[1:] != teacher.shape or len(x0) < 8:
+        raise ValueError(f"data(n) must be 8 samples at least of shape {teacher.shape}, got {found}")
+    if not (x0.float().isfinite().all() and x0.float().std() > 0):
+        raise ValueError("data(n) is not finite, or all one number")
+    order = torch.randperm(len(x0), generator=torch.Generator().manual_seed(0))
+    if any(len(rows) != len(x0) for rows in (teacher.cond or {}).values()):
+        raise ValueError("cond(n) must have as many rows as data(n)")
+    teacher.x0 = x0.detach().float()[order]
+    teacher.cond = {name: rows[order] for name, rows in (teacher.cond or {}).items()}
+
+
 def load(path, data):
     if path.endswith(".py"):
         return from_python(path, data)
     return from_images(path, data) if Path(path).is_file() else from_pipeline(path, data)
+
+
+# --- The picture.
+def draw(teacher, samples, found=None):
+    """Error over sigma: of D, of D read in every other way, of what needs no network; found: if mended."""
+    levels, spread = checks.ladder(teacher), samples.spread
+    rows, _ = wiring.tables(teacher.sigma_data)
+    wide = wiring.Samples(samples.denoiser, samples.x0, samples.noise, levels, spread)
+    grams, others = wide.grams(), dict(color="0.8", lw=0.5)
+    figure = Figure(figsize=(7, 4.6), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    plot = lambda x, y, style, label, **how: axes.plot(x.numpy(), y.numpy(), style, label=label, **how)
+    read = wiring.read(grams, rows, levels, levels, 1.0).flatten(0, 1)
+    plot(levels, read.T, "-", ["D read in other ways", *["_"] * (len(read) - 1)], **others)
+    for label, style, line in (
+        ("x itself", ":", levels**2),
+        ("the data's mean", "--", torch.full_like(levels, spread**2)),
+        ("best linear denoiser", "-.", wide.trivial),
+    ):
+        plot(levels, line, style, label, color="black", lw=1)
+    color = "tab:red" if found else "tab:blue"
+    plot(levels, wiring.error(grams), "-", "D as it is wired", color=color, lw=2.5)
+    if found:
+        errors = (found.errors - 0.01) * samples.trivial
+        plot(samples.levels, errors, "o-", "mended: see the verdict", color="tab:green", lw=2, ms=4)
+    axes.axvspan(*samples.levels[[0, -1]].tolist(), color="tab:blue", alpha=0.06, lw=0, label="what decides")
+    axes.set(xscale="log", yscale="log", xlim=levels[[0, -1]].tolist(), xlabel="sigma")
+    axes.set_ylim(0.2 * min(teacher.sigma_min**2, spread**2), 30 * spread**2)
+    axes.set_ylabel("denoising error, squared, per coordinate")
+    axes.legend(fontsize=8, loc="lower right")
+    return figure
 
 
 def main(argv=None):
@@ -137,13 +233,14 @@ def main(argv=None):
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
         teacher = load(path, cfg.data)
-        verdicts, figure = checks.check(teacher, cfg.images, cfg.seconds)
+        verdicts, drawn = checks.check(teacher, cfg.images, cfg.seconds)
         for verdict in verdicts:
             print(verdict)
-        if figure:
-            with replacing(cfg.out) as temporary:
-                figure.savefig(temporary, format="png")
-            print(f"wrote {cfg.out}")
+        with suppress(checks.Broken):  # which a verdict has told
+            if drawn:
+                with replacing(cfg.out) as temporary:
+                    draw(teacher, *drawn).savefig(temporary, format="png")
+                print(f"wrote {cfg.out}")
         return int(any(verdict.state == "WRONG" for verdict in verdicts))
 
     return run(work)

@@ -16,7 +16,7 @@ from edm.quality import checks, wiring
 ROOT = Path(__file__).parents[1]
 NOISE, VELOCITY, IMAGE, SCORE, V = list(wiring.OUTPUTS)[:5]
 EDM = "EDM's F with sigma_data 0.5"
-PLAIN, FLOW, VP = wiring.INPUTS
+PLAIN, FLOW, VP, SCALED = wiring.tables(0.5)[1]
 T, STEP = "t = sigma / (1 + sigma)", "the step in [0, 1]"
 ROWS = {  # what a network predicts, is given and is told
     "noise": (NOISE, VP, STEP),
@@ -24,10 +24,10 @@ ROWS = {  # what a network predicts, is given and is told
     "v": (V, VP, STEP),
     "image": (IMAGE, PLAIN, "sigma"),
     "score": (SCORE, PLAIN, "sigma"),
-    "edm": (EDM, "x / sqrt(sigma^2 + 0.5^2)", "log(sigma) / 4"),
+    "edm": (EDM, SCALED, "log(sigma) / 4"),
 }
 SHAPE = (1, 4, 4)
-OUTPUTS, INPUTS = wiring.tables(0.5)
+OUTPUTS, _ = wiring.tables(0.5)
 
 
 # --- Data of a few Gaussians, the exact denoiser, and exact networks of every kind.
@@ -59,29 +59,29 @@ def network(output, given, told):
 
     def F(y, time):
         sigma = fine[order][torch.searchsorted(steps, time.double().contiguous()).clamp(max=len(fine) - 1)]
-        x = y.double() / expand(INPUTS[given](sigma), y.double())
-        p, q = (expand(v, x) for v in OUTPUTS[output](sigma))
+        x = y.double() / expand(wiring.terms(given, sigma)[0], y.double())
+        p, q = (expand(v, x) for v in wiring.terms(OUTPUTS[output], sigma))
         return (exact(x, sigma) - p * x) / q
 
     return F
 
 
 def wire(F, output, given, told):
-    p_and_q = (OUTPUTS | wiring.SLIPS)[output]
+    formula = (OUTPUTS | wiring.SLIPS)[output]
 
     def denoiser(xt, sigma):
         sigma, x = sigma.double(), xt.double()
-        p, q = (expand(v, x) for v in p_and_q(sigma))
+        p, q = (expand(v, x) for v in wiring.terms(formula, sigma))
         time = wiring.TIMES[told] if isinstance(told, str) else told
-        return (p * x + q * F(x * expand(INPUTS[given](sigma), x), time(sigma))).to(xt.dtype)
+        return (p * x + q * F(x * expand(wiring.terms(given, sigma)[0], x), time(sigma))).to(xt.dtype)
 
     return denoiser
 
 
 def verdicts(denoiser, x0=None, seconds=math.inf, **more):
     x0 = gaussians()[2] if x0 is None else x0
-    teacher = checks.Teacher(denoiser, tuple(x0.shape[1:]), x0=x0, **more)
-    teacher.check()
+    teacher = check_teacher.Teacher(denoiser, tuple(x0.shape[1:]), x0=x0, **more)
+    check_teacher.verify(teacher)
     return {verdict.name: verdict for verdict in checks.check(teacher, 64, seconds)[0]}
 
 
@@ -284,7 +284,7 @@ def test_a_wrong_file_is_named_and_ends_with_1(tmp_path, capsys):
     assert call(tmp_path, written(tmp_path, (right, "xt - s * network"))) == 1
     out = " ".join(capsys.readouterr().out.split())
     assert f"WRONG wiring the network predicts {VELOCITY} and is read as {NOISE}" in out
-    assert "-> D = (x - sigma F) / (1 + sigma)" in out and "wrote" in out
+    assert "-> D = (x - sigma * F) / (1 + sigma)" in out and "wrote" in out
 
 
 def test_without_data_what_is_possible(tmp_path, capsys):

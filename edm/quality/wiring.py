@@ -14,58 +14,49 @@ for each noise level, answer for all rows at once.
 
 import math
 import time
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from itertools import product
 
 import torch
 
-root = lambda sigma, s=1.0: (sigma**2 + s**2).sqrt()
-INPUTS = {  # what the network is given, over x
-    "x": lambda sigma: torch.ones_like(sigma),
-    "x / (1 + sigma)": lambda sigma: 1 / (1 + sigma),
-    "x / sqrt(1 + sigma^2)": lambda sigma: 1 / root(sigma),
-}
-OUTPUTS = {  # D = p x + q F
-    "the noise": lambda sigma: (torch.ones_like(sigma), -sigma),
-    "a velocity (noise - x0)": lambda sigma: (1 / (1 + sigma), -sigma / (1 + sigma)),
-    "the image x0": lambda sigma: (torch.zeros_like(sigma), torch.ones_like(sigma)),
-    "the score": lambda sigma: (torch.ones_like(sigma), sigma**2),
-    "v of the variance-preserving process": lambda sigma: (1 / root(sigma) ** 2, -sigma / root(sigma)),
-    "a velocity of the opposite sign (x0 - noise)": lambda sigma: (1 / (1 + sigma), sigma / (1 + sigma)),
-    "the noise with the opposite sign": lambda sigma: (torch.ones_like(sigma), sigma),
-    "the score of x / sqrt(1 + sigma^2)": lambda sigma: (torch.ones_like(sigma), sigma**2 / root(sigma)),
-}
-
-FORMULAS = {  # the same in words, with x and sigma broadcast
-    "the noise": "x - sigma F",
-    "a velocity (noise - x0)": "(x - sigma F) / (1 + sigma)",
+INPUTS = ["x", "x / (1 + sigma)", "x / sqrt(1 + sigma^2)"]  # what the network is given
+OUTPUTS = {  # D of what it says, F
+    "the noise": "x - sigma * F",
+    "a velocity (noise - x0)": "(x - sigma * F) / (1 + sigma)",
     "the image x0": "F",
-    "the score": "x + sigma^2 F",
-    "v of the variance-preserving process": "x / (1 + sigma^2) - sigma / sqrt(1 + sigma^2) F",
-    "a velocity of the opposite sign (x0 - noise)": "(x + sigma F) / (1 + sigma)",
-    "the noise with the opposite sign": "x + sigma F",
-    "the score of x / sqrt(1 + sigma^2)": "x + sigma^2 / sqrt(1 + sigma^2) F",
+    "the score": "x + sigma^2 * F",
+    "v of the variance-preserving process": "x / (1 + sigma^2) - sigma / sqrt(1 + sigma^2) * F",
+    "a velocity of the opposite sign (x0 - noise)": "(x + sigma * F) / (1 + sigma)",
+    "the noise with the opposite sign": "x + sigma * F",
+    "the score of x / sqrt(1 + sigma^2)": "x + sigma^2 / sqrt(1 + sigma^2) * F",
 }
-
 SLIPS = {  # likewise, but nobody trains by these
-    "a velocity, with x in the place of x / (1 + sigma)": lambda sigma: (1 + 0 * sigma, -sigma / (1 + sigma)),
-    "a velocity, with sigma in the place of t": lambda sigma: (1 / (1 + sigma), -sigma),
-    "a velocity, not multiplied by t": lambda sigma: (1 / (1 + sigma), -1 + 0 * sigma),
-    "the noise, with x / sqrt(1 + sigma^2) in the place of x": lambda sigma: (1 / root(sigma), -sigma),
-    "the noise, D left in the scale of x / sqrt(1 + sigma^2)": lambda sigma: (
-        1 / root(sigma),
-        -sigma / root(sigma),
-    ),
-    "the noise, not multiplied by sigma": lambda sigma: (1 + 0 * sigma, -1 + 0 * sigma),
+    "a velocity, with x in the place of x / (1 + sigma)": "x - sigma / (1 + sigma) * F",
+    "a velocity, with sigma in the place of t": "x / (1 + sigma) - sigma * F",
+    "a velocity, not multiplied by t": "x / (1 + sigma) - F",
+    "the noise, with x / sqrt(1 + sigma^2) in the place of x": "x / sqrt(1 + sigma^2) - sigma * F",
+    "the noise, not multiplied by sigma": "x - F",
 }
 
 
-def edm(s):
-    """EDM's input and output with sigma_data s."""
-    scale = {f"x / sqrt(sigma^2 + {s:g}^2)": lambda sigma: 1 / root(sigma, s)}
-    skip, out = lambda sigma: (s / root(sigma, s)) ** 2, lambda sigma: sigma * s / root(sigma, s)
-    return scale, {f"EDM's F with sigma_data {s:g}": lambda sigma: (skip(sigma), out(sigma))}
+def tables(s):
+    """Outputs and inputs, with EDM's where sigma_data s is known."""
+    if not s:
+        return OUTPUTS, INPUTS
+    edm = f"{s}^2 / (sigma^2 + {s}^2) * x + {s} * sigma / sqrt(sigma^2 + {s}^2) * F"
+    return OUTPUTS | {f"EDM's F with sigma_data {s:g}": edm}, [*INPUTS, f"x / sqrt(sigma^2 + {s}^2)"]
+
+
+def terms(formula, sigma):
+    """p, q of a formula p x + q F of the above, like sigma."""
+    no, yes, code = torch.zeros_like(sigma), torch.ones_like(sigma), formula.replace("^", "**")
+    names = {"sigma": sigma, "sqrt": torch.sqrt}
+    return tuple(eval(code, names | {"x": x, "F": F}) for x, F in ((yes, no), (no, yes)))
+
+
+def rescaled(wanted, given, levels, told):
+    """At which multiple of x to ask, told these sigmas, so that it is given what it wants at levels."""
+    return terms(wanted, levels)[0] / terms(given, told)[0]
 
 
 def vp_step(sigma):
@@ -122,30 +113,19 @@ class Samples:
     denoiser of such data, `trivial`, plus a hundredth: nobody needs to know whether it is less.
     """
 
-    def __init__(self, denoiser, x0, noise, levels, spread, batch=512):
-        self.denoiser, self.x0, self.noise, self.levels, self.batch = denoiser, x0, noise, levels, batch
-        self.spread = spread
-        self.trivial = (levels**-2 + spread**-2) ** -1
+    def __init__(self, denoiser, x0, noise, levels, spread):
+        self.denoiser, self.x0, self.noise, self.levels = denoiser, x0, noise, levels
+        self.spread, self.trivial = spread, (levels**-2 + spread**-2) ** -1
 
-    def grams(self, scale=None, told=None, shift=(1.0, 0.0)):
-        """(M, L, 4, 4) of D asked at scale x, told another sigma, (M, L) each; shift (c, m): at c x + m."""
-        c, m = shift
-        levels = self.levels.expand(1, -1)
-        scale = torch.ones_like(levels) if scale is None else scale
-        x0 = self.x0.flatten(1)
+    def grams(self, scale=1.0, told=None, shift=(1.0, 0.0)):
+        """(..., L, 4, 4) of D asked at scale x, told a sigma, (..., L) each; shift (c, m): at c x + m."""
+        (c, m), x0, told = shift, self.x0.flatten(1), self.levels if told is None else told
         x = x0 + self.levels[:, None, None] * self.noise.flatten(1)  # (L, n, d)
-        asked = c * scale[..., None, None] * x + m  # (M, L, n, d)
-        heard = (c * (levels if told is None else told))[..., None].expand(asked.shape[:-1])
-        rows = asked.reshape(-1, *self.x0.shape[1:]).split(self.batch), heard.flatten().split(self.batch)
-        said = torch.cat([self.denoiser(a, h, len(self.x0)) for a, h in zip(*rows)]).reshape(
-            len(asked), *x.shape
-        )
-        x0, x = (v.expand_as(said).flatten(2) for v in (x0, x))
-        return gram(x0, x, ((said - m) / c).flatten(2))
-
-    def some(self, n):
-        rest = self.levels, self.spread, self.batch // len(self.x0) * min(n, len(self.x0))
-        return Samples(self.denoiser, self.x0[:n], self.noise[:n], *rest)
+        asked = c * (scale * torch.ones_like(told))[..., None, None] * x + m  # (..., L, n, d)
+        rows = asked.reshape(-1, *self.x0.shape[1:]), (c * told)[..., None].expand(asked.shape[:-1]).flatten()
+        parts = zip(*(part.split(8 * len(x0)) for part in rows))
+        said = torch.cat([self.denoiser(*part, len(x0)) for part in parts]).reshape(asked.shape)
+        return gram(*(v.expand_as(said).flatten(-2) for v in (x0, x, (said - m) / c)))
 
     def relative(self, errors):
         return errors / self.trivial + 0.01
@@ -160,9 +140,8 @@ class Wiring:
     output: tuple = ()  # (predicted, read as)
     scale: tuple = ()  # (wanted, given)
     time: tuple = ()  # (wanted, told)
-    data: str = ""
-    given: str = ""  # the scale in which it is given, where that is not what is mended
-    bound: torch.Tensor = None  # that of the best mix of x and D
+    data: tuple = ()  # (words,)
+    bound: torch.Tensor = None  # errors of the best mix of x and D
 
     @property
     def score(self):
@@ -174,18 +153,14 @@ class Wiring:
     def right(self):
         """Whether nothing is left to mend: no mix of x and D is better, and it knows more than the spread."""
         logs = self.errors.log().mean().item()
-        return self.bound is not None and logs - self.bound.log().mean().item() < 0.03 and logs < -0.03
-
-
-def best(wirings):
-    return min(wirings, key=lambda wiring: wiring.score)
+        return logs - self.bound.log().mean().item() < 0.03 and logs < -0.03
 
 
 def read(grams, rows, sigma, told, scale):
     """Errors (a, b, ...) of what was wired by b, of rows or SLIPS, read by a; the x asked was scale x."""
-    wide = lambda values, at: torch.stack(torch.broadcast_tensors(*values)).unsqueeze(at)
-    pa, qa = (wide(v, 1) for v in zip(*(row(sigma) for row in rows.values())))
-    pb, qb = (wide(v, 0) for v in zip(*(row(told) for row in (rows | SLIPS).values())))
+    stack = lambda formulas, at: torch.stack([torch.stack(terms(f, at)) for f in formulas], 1)
+    pa, qa = stack(rows.values(), sigma.expand_as(told)).unsqueeze(2)
+    pb, qb = stack((rows | SLIPS).values(), told).unsqueeze(1)
     return error(grams, pa - qa / qb * pb * scale, qa / qb)
 
 
@@ -194,28 +169,18 @@ def choose(samples, errors, rows, **more):
     found, names = samples.relative(errors), [*rows, *SLIPS]
     scores = found.log().mean(-1) + 0.05 * (1 - torch.eye(len(rows), len(names)))
     a, b = divmod(int(scores.round(decimals=4).argmin()), len(names))
-    return Wiring(found[a, b], output=() if a == b else (names[a], names[b]), **more)
+    return Wiring(found[a, b], () if a == b else (names[a], names[b]), **more)
 
 
-def as_wired(samples, grams):
-    return Wiring(samples.relative(error(grams)), bound=samples.relative(best_mix(grams)[0]))
+def as_wired(samples, grams, **more):
+    return Wiring(samples.relative(error(grams)), bound=samples.relative(best_mix(grams)[0]), **more)
 
 
-def outputs(samples, grams, rows):
-    """What costs no evaluation: the network gives another thing than it is read as."""
-    errors = read(grams, rows, samples.levels, samples.levels, 1.0)
-    return choose(samples, errors, rows, bound=samples.relative(best_mix(grams)[0]))
-
-
-def scales(samples, rows, inputs):
-    """What it is given is scaled in another way."""
-    levels = samples.levels
-    for (a, wanted), (b, given) in product(inputs.items(), inputs.items()):
-        if a != b:
-            scale = wanted(levels) / given(levels)
-            grams = samples.grams(scale[None])[0]
-            errors = read(grams, rows, levels, levels, scale)
-            yield choose(samples, errors, rows, scale=(a, b), bound=samples.relative(best_mix(grams)[0]))
+def asked(samples, rows, factor=1.0, told=None, **more):
+    """The best of what D says at factor x, told another sigma."""
+    grams, told = samples.grams(factor, told), samples.levels if told is None else told
+    errors = read(grams, rows, samples.levels, told, factor)
+    return choose(samples, errors, rows, bound=samples.relative(best_mix(grams)[0]), **more)
 
 
 SHIFTS = {
@@ -229,11 +194,13 @@ SHIFTS = {
 }
 
 
-def shifts(samples, rows, inputs):
-    """It was trained on other data than it is given."""
+def units(samples, rows, inputs):
+    """It was trained on other data than it is given, or expects another scale of x."""
     for words, shift in SHIFTS.items():
-        grams = samples.grams(shift=shift)[0]
-        yield Wiring(samples.relative(error(grams)), data=words, bound=samples.relative(best_mix(grams)[0]))
+        yield as_wired(samples, samples.grams(shift=shift), data=(words,))
+    for pair in product(inputs, inputs):
+        if pair[0] != pair[1]:
+            yield asked(samples, rows, rescaled(*pair, samples.levels, samples.levels), scale=pair)
 
 
 def retold(levels):
@@ -253,90 +220,58 @@ def retold(levels):
 
 
 def times(samples, rows, inputs, crossed=False):
-    """It is told another time, whatever is read besides; crossed: and given in another scale."""
+    """It is told another time, whatever is read besides; crossed: and given in another scale.
+
+    What it says in between is interpolated; the best are then asked for themselves.
+    """
     levels, (names, sigmas) = samples.levels, retold(samples.levels)
     at = ((sigmas.log10() + 4) * (len(TOLD) - 1) / 8).clamp(0, len(TOLD) - 1)  # (K, L), in TOLD
-    low = at.floor().long().clamp(max=len(TOLD) - 2)
-    column = torch.arange(len(levels))
-    for (a, wanted), (b, given) in product(inputs.items(), inputs.items()):
-        if (a == b) == crossed:
+    low, column, found = at.floor().long().clamp(max=len(TOLD) - 2), torch.arange(len(levels)), []
+    told = TOLD[:, None].expand(-1, len(levels))  # (J, L)
+    for pair in product(inputs, inputs):
+        if (pair[0] == pair[1]) == crossed:
             continue
-        scale = wanted(levels) / given(TOLD)[:, None]  # (J, L)
-        told = TOLD[:, None].expand_as(scale)
-        errors = read(samples.grams(scale, told), rows, levels.expand_as(scale), told, scale)
-        logs = samples.relative(errors).log().clamp(max=700)  # (rows, rows, J, L)
-        value = torch.lerp(logs[:, :, low, column], logs[:, :, low + 1, column], at - low)
-        for i, pair in enumerate(names):
-            errors = (value[:, :, i].exp() - 0.01) * samples.trivial
-            yield choose(samples, errors, rows, scale=() if a == b else (a, b), time=pair, given=b)
+        scale = rescaled(*pair, levels, told)
+        logs = samples.relative(read(samples.grams(scale, told), rows, levels, told, scale)).log()
+        logs = logs.clamp(max=700)  # (rows, rows, J, L)
+        errors = torch.lerp(logs[:, :, low, column], logs[:, :, low + 1, column], at - low).exp() - 0.01
+        how = {"scale": pair} if crossed else {}
+        for i, name in enumerate(names):
+            wiring = choose(samples, errors[:, :, i] * samples.trivial, rows, time=name, **how)
+            found.append((wiring.score, rescaled(*pair, levels, sigmas[i]), sigmas[i], name, how))
+    best = sorted(found, key=lambda one: one[0])[:8]
+    return [asked(samples, rows, factor, told, time=name, **how) for _, factor, told, name, how in best]
 
 
-def tables(sigma_data):
-    """Outputs and inputs, with EDM's where sigma_data is known."""
-    scale, output = edm(sigma_data) if sigma_data else ({}, {})
-    return OUTPUTS | output, INPUTS | scale
-
-
-def deaf(samples, rows, inputs):
-    """Whether, read in some way, the network says the same whatever sigma it is told."""
-    levels = samples.levels
-    told = levels[0] * (levels[-1] / levels[0]) ** torch.linspace(0, 1, 9, dtype=levels.dtype)
-    for given in inputs.values():
-        scale = given(levels) / given(told)[:, None]
-        heard = told[:, None].expand_as(scale)
-        errors = read(samples.grams(scale, heard), rows, levels.expand_as(scale), heard, scale)
-        logs = samples.relative(torch.stack([errors[i, i] for i in range(len(rows))])).log()  # (rows, J, L)
-        if (logs.amax(1) - logs.amin(1)).amax(1).min() < 0.02:
-            return True
-    return False
-
-
-def confirm(samples, wiring, rows, inputs):
-    """A wiring of another time, which was interpolated, asked for itself."""
-    levels, (names, sigmas) = samples.levels, retold(samples.levels)
-    told = sigmas[names.index(wiring.time)]
-    wanted, given = wiring.scale or 2 * (wiring.given,)
-    scale = inputs[wanted](levels) / inputs[given](told)
-    grams = samples.grams(scale[None], told[None])[0]
-    errors = samples.relative(read(grams, rows, levels, told, scale))
-    names = [*rows, *SLIPS]
-    pairs = [wiring.output] if wiring.output else zip(rows, rows)
-    of = lambda pair: errors[names.index(pair[0]), names.index(pair[1])]
-    bound = samples.relative(best_mix(grams)[0])
-    return best([replace(wiring, errors=of(pair), bound=bound) for pair in pairs])
-
-
-def scan(samples, sigma_data=None):
+def scan(samples, rows, inputs):
     """What a right D does best in the middle -> factors (9,), mean log errors (9,) of D told these times
-    sigma, and the most that is gained, at the best factor of each level, if the network alone hears it."""
-    samples = samples.some(48)
+    sigma, the most that is gained, at the best factor of each level, if the network alone hears it, and
+    whether, read in some way, it says the same whatever it hears."""
+    samples = Samples(samples.denoiser, samples.x0[:48], samples.noise[:48], samples.levels, samples.spread)
     factors, levels = 2.0 ** torch.arange(-4, 5, dtype=torch.float64), samples.levels
-    told = levels * factors[:, None]
-    direct = samples.relative(error(samples.grams(torch.ones_like(told), told))).log().mean(1)
-    rows, inputs = tables(sigma_data)
-    gains = []
-    for given in inputs.values():
-        scale = given(levels) / given(told)
-        errors = read(samples.grams(scale, told), rows, levels.expand_as(told), told, scale)
-        logs = samples.relative(torch.stack([errors[i, i] for i in range(len(rows))])).log()  # (rows, 9, L)
-        gains.append((logs[:, 4] - logs.amin(1)).mean(1))
-    return factors, direct, torch.stack(gains).max().item()
+    told, every, found = levels * factors[:, None], torch.arange(len(rows)), []
+    for given in inputs:
+        scale = rescaled(given, given, levels, told)
+        errors = read(samples.grams(scale, told), rows, levels, told, scale)[every, every]
+        found.append(samples.relative(errors).log())
+    logs = torch.cat(found)  # (rows of every input, 9, L)
+    direct = samples.relative(error(samples.grams(told=told))).log().mean(1)
+    gain = (logs[:, 4] - logs.amin(1)).mean(1).max().item()
+    return factors.tolist(), direct, gain, bool(((logs.amax(1) - logs.amin(1)).amax(1) < 0.02).any())
 
 
-def search(samples, grams, sigma_data=None, seconds=math.inf, restless=False):
-    """-> the wiring as it is, and the best that is found: of the cheap ones first, until one is right.
+def search(samples, own, rows, inputs, seconds=math.inf, restless=False, deaf=False):
+    """The best wiring that is found, the cheap ones first, until one is right; None if it is deaf to sigma.
 
-    None in its place if the network does not hear sigma.  seconds: after which no further kind is begun.
-    restless: do not believe that D is right as it is.
+    own: the wiring as it is; restless: do not believe that it is right.  seconds: after which no further
+    kind is begun.
     """
-    (rows, inputs), start = tables(sigma_data), time.monotonic()
-    found = [as_wired(samples, grams), outputs(samples, grams, rows)]
-    for stage in (shifts, scales, times, partial(times, crossed=True)):
-        done = best(found).right and not (restless and best(found) is found[0])
-        if stage is not scales and (done or time.monotonic() - start > seconds):
-            break
-        if stage is times and deaf(samples, rows, inputs):
-            return found[0], None
-        new = sorted(stage(samples, rows, inputs), key=lambda wiring: wiring.score)
-        found += [confirm(samples, w, rows, inputs) for w in new[:8]] if new[0].time else new
-    return found[0], best(found)
+    start, found = time.monotonic(), [own, asked(samples, rows)]
+    for stage in (units, times, lambda *given: times(*given, crossed=True)):
+        best = min(found, key=lambda wiring: wiring.score)
+        if (best.right and not (restless and best is own)) or time.monotonic() - start > seconds:
+            return best
+        if deaf and stage is times:
+            return None
+        found += stage(samples, rows, inputs)
+    return min(found, key=lambda wiring: wiring.score)
