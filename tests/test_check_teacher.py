@@ -100,7 +100,7 @@ def test_right_teachers_pass(kind):
 def test_gaussian_data_of_which_the_linear_denoiser_is_best():
     x0 = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
     right = lambda x, s: x / (1 + s[:, None] ** 2)
-    assert not wrong(verdicts(right, x0))
+    assert not wrong(verdicts(right, x0)) and not wrong(verdicts(right, x0[:32]))
 
 
 @pytest.mark.parametrize("noise", [0.02, 0.1])
@@ -127,7 +127,7 @@ def test_what_is_predicted_and_what_it_is_read_as(predicted, read):
     assert found["wiring"].state == "WRONG" and found["sigma"].state == "not checked"
 
 
-@pytest.mark.parametrize("slip", [slip for slip in wiring.SLIPS if "left" not in slip])  # costs 6 % only
+@pytest.mark.parametrize("slip", wiring.SLIPS)
 def test_slips_of_the_formula(slip):
     kind = next(kind for kind in ("velocity", "noise", "score") if kind in slip)
     output, given, told = ROWS[kind]
@@ -149,13 +149,13 @@ def test_a_scale_of_x_that_is_forgotten(kind, given):
     [
         ("velocity", "1 - t", "its time runs backwards"),
         ("velocity", "sigma", f"tell it {T}"),
-        ("velocity", "sigma^2", f"tell it {T}"),
+        pytest.param("velocity", "sigma^2", f"tell it {T}", marks=pytest.mark.slow),
         ("velocity", "1000 t", "[0, 1] where 0 to 1000 is expected, or the reverse"),
         ("noise", T, f"tell it {STEP}"),
-        ("noise", "1 - the step in [0, 1]", "its time runs backwards"),
+        pytest.param("noise", "1 - the step in [0, 1]", "its time runs backwards", marks=pytest.mark.slow),
         ("velocity", lambda sigma: 0.5 + 0 * sigma, "a constant?"),
         ("velocity", lambda sigma: sigma / (1 + sigma) / 1000, "[0, 1] where 0 to 1000 is expected"),
-        ("image", lambda sigma: sigma / 3, "tell it 3 sigma"),
+        pytest.param("image", lambda sigma: sigma / 3, "tell it 3 sigma", marks=pytest.mark.slow),
     ],
 )
 def test_a_time_that_it_does_not_expect(kind, told, words):
@@ -170,15 +170,22 @@ def test_a_time_that_cannot_be_told():
     """log(sigma) / 4 is negative, and no sigma that it is told is."""
     output, given, _ = ROWS["edm"]
     found = verdicts(wire(network(*ROWS["edm"]), output, given, "sigma"), sigma_data=0.5)
-    assert "nothing that was tried makes it right" in " ".join(
-        [*wrong(found).values(), found["sigma"].advice]
-    )
+    assert "nothing that was tried makes it right" in " ".join(wrong(found).values())
 
 
+@pytest.mark.slow
 def test_a_whole_convention_for_another():
     found = wrong(verdicts(wire(network(*ROWS["velocity"]), *ROWS["noise"])))
     assert f"predicts {VELOCITY} and is read as {NOISE}; it is given {VP} where" in found["wiring"]
     assert found["sigma"].startswith(f"it is told {STEP} where it expects {T};")
+
+
+def test_a_small_gain_is_hedged():
+    own = wiring.Wiring(torch.full((8,), 0.5))
+    for gain, start in ((0.8, "perhaps: the network"), (0.7, "the network")):
+        found = wiring.Wiring(gain * own.errors, (NOISE, V), time=("sigma", T), bound=gain * own.errors)
+        for _, words, _ in checks.named(own, found, OUTPUTS):
+            assert words.startswith(start) or words.startswith(start.replace("the network", "it is told"))
 
 
 def test_a_mix_that_no_row_has():
@@ -270,11 +277,8 @@ def test_the_example_passes_twice_alike(tmp_path, capsys):
     for _ in range(2):
         assert call(tmp_path, ROOT / "edm/example_teacher.py") == 0
         outputs.append(capsys.readouterr().out)
-    assert (
-        outputs[0] == outputs[1]
-        and "WRONG" not in outputs[0]
-        and max(map(len, outputs[0].splitlines())) <= 110
-    )
+    assert outputs[0] == outputs[1] and "WRONG" not in outputs[0]
+    assert max(map(len, outputs[0].splitlines())) <= 110
     with Image.open(tmp_path / "check.png") as picture:
         assert picture.size == (770, 506) and len(picture.convert("RGB").getcolors(2**20)) > 50
 
@@ -299,15 +303,14 @@ def test_real_digits_and_a_file_of_ours(tmp_path, capsys):
     options = dict(img_resolution=8, img_channels=1, label_dim=10, model_channels=8, channel_mult=(1,))
     net = EDMPrecond(**options, num_blocks=1, attn_resolutions=())
     checkpoints.save(tmp_path / "t.safetensors", net)
-    assert (
-        call(tmp_path, tmp_path / "t.safetensors", "--data", "digits", "--images", 16, "--seconds", 0.1) == 1
-    )
+    quick = ("--data", "digits", "--images", 8, "--seconds", 0.1)
+    assert call(tmp_path, tmp_path / "t.safetensors", *quick) == 1
     out = capsys.readouterr().out
     assert "WRONG       labels      other ones change D by" in out
     (tmp_path / "oracle.py").write_text(ORACLE)
-    assert call(tmp_path, tmp_path / "oracle.py", "--data", "digits", "--images", 32) == 0
+    assert call(tmp_path, tmp_path / "oracle.py", "--data", "digits", "--images", 16) == 0
     (tmp_path / "oracle.py").write_text(ORACLE.replace("return D", "return D / 2 + 0.5"))
-    assert call(tmp_path, tmp_path / "oracle.py", "--data", "digits", "--images", 32, "--seconds", 0.1) == 1
+    assert call(tmp_path, tmp_path / "oracle.py", *quick) == 1
     assert "and not D" in " ".join(capsys.readouterr().out.split())
 
 
@@ -372,21 +375,20 @@ def test_wrong_arguments_are_refused_in_one_line(tmp_path, capsys):
         assert words in err and err.count("\n") == 1
 
 
-def test_a_pipeline_is_checked_with_its_captions(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "predicts, levels", [("noise", "from sigma 0.01 to 156.6"), ("velocity", "from sigma 0.002 to 80")]
+)
+def test_a_pipeline_is_checked_as_its_scheduler_says(tmp_path, capsys, predicts, levels):
+    from diffusers import PixArtTransformer2DModel
+
     from edm.text import digits
 
     torch.manual_seed(0)
     digits.make_frozen(tmp_path / "frozen", 0, 1)
-    from diffusers import PixArtTransformer2DModel
-
     small = digits.TRANSFORMER | dict(num_layers=1, num_attention_heads=1, cross_attention_dim=24)
-    digits.save_pipeline(tmp_path / "pipe", tmp_path / "frozen", PixArtTransformer2DModel(**small))
+    transformer = PixArtTransformer2DModel(**small)
+    digits.save_pipeline(tmp_path / "pipe", tmp_path / "frozen", transformer, predicts)
     assert call(tmp_path, tmp_path / "pipe", "--data", "digits", "--images", 8, "--seconds", 0.1) in (0, 1)
     out = capsys.readouterr().out
-    for words in (
-        "(4, 8, 8), float32",
-        "other ones change D by",
-        "D is affine in the scale",
-        "from sigma 0.01 to",
-    ):
+    for words in ("(4, 8, 8), float32", "other ones change D by", "D is affine in the scale", levels):
         assert words in out

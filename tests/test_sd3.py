@@ -12,6 +12,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
 
+from edm import check_teacher
 from edm.images.checkpoints import save
 from edm.images.sampler import latents
 from edm.text import digits
@@ -99,3 +100,11 @@ def test_sd3_is_distilled_and_sampled(joint, capsys):
     shutil.copytree(folder, "mute", ignore=shutil.ignore_patterns("text_encoder_3"))
     assert distil("mute", "other") == 2
     assert "mute: missing text_encoder_3: there is no text_encoder_3/ in it" in capsys.readouterr().err
+
+
+def test_sd3_as_a_teacher_is_checked(joint, tmp_path, capsys):
+    folder, _ = joint
+    out = ("--images", "8", "--seconds", "0.1", "--out", str(tmp_path / "check.png"))
+    assert check_teacher.main([str(folder), "--data", "digits", *out]) in (0, 1)
+    said = capsys.readouterr().out
+    assert "from sigma 0.002 to 80" in said and "D is affine in the scale" in said and "raises" not in said
