@@ -68,8 +68,7 @@ def shape(teacher, x, sigma):
 def repeat(teacher, x, sigma):
     first, again = (teacher.said(x, sigma) for _ in range(2))
     gap = rms(first - again) / rms(first - x.double())
-    words = f"two calls differ by {gap:.1g} of what is denoised"
-    return gap < 1e-4, words, "something in it is random: network.eval(), for dropout"
+    return gap < 1e-4, f"two calls differ by {gap:.1g} of what is denoised", "network.eval(), for dropout?"
 
 
 def batch(teacher, x, sigma):
@@ -143,9 +142,12 @@ def mean_of(x):
 
 
 def denoising(own):
-    words = f"{mean_of(own.errors):.3g} of the best linear denoiser's, "
-    words += f"at {SHORT[0]:g} to {SHORT[1]:g} times the data's spread"
-    return mean_of(own.errors) < 1.25, words, "see wiring; else: trained at all? are these its data?"
+    words = "of the best linear denoiser's, at {:g} to {:g} times the data's spread".format(*SHORT)
+    return (
+        mean_of(own.errors) < 1.25,
+        f"{mean_of(own.errors):.3g} {words}",
+        "see wiring; else: trained at all? are these its data?",
+    )
 
 
 def named(own, found, rows):
@@ -153,11 +155,10 @@ def named(own, found, rows):
     gain, time = mean_of(found.errors / own.errors), found.time
     backwards = "; its time runs backwards, t and 1 - t exchanged" if "1 - " in [v[:4] for v in time] else ""
     formula = rows[found.output[0]] if found.output else ""
-    units = "bring the data into its units; for latents, times the VAE's scaling factor"
     parts = (
         (found.output, "the network predicts {} and is read as {}", f"D = {formula}"),
         (found.scale, "it is given {1} where it expects {0}", "give it {}"),
-        (found.data, "{}", units),
+        (found.data, "{}", "bring the data into its units; for latents, times the VAE's scaling factor"),
     )
     start = "" if found.right else "nothing that was tried makes it right, but best is: "
     start = "perhaps: " if gain > 0.75 else start
@@ -238,8 +239,8 @@ def labels(teacher, samples):
 def guidance(teacher, x, sigma):
     if not (teacher.guided and teacher.other):
         return None, "there is none"
-    scaled = (teacher.guided(scale) for scale in (1, 2, 4))
-    one, two, four = (teacher.said(x, sigma, cond=teacher.other, denoiser=D) for D in scaled)
+    how = lambda scale: {"cond": teacher.other, "denoiser": teacher.guided(scale)}
+    one, two, four = (teacher.said(x, sigma, **how(scale)) for scale in (1, 2, 4))
     gap = rms(four - one - 3 * (two - one)) / max(rms(two - one), 1e-12)
     return gap < 0.02, f"D is affine in the scale to {gap:.1g}", "D_null + scale (D - D_null)"
 
@@ -249,8 +250,7 @@ def units(teacher):
         return None, "needs data and the network's sigma_data"
     ratio = teacher.x0.double().std().item() / teacher.sigma_data
     words = f"the data's std is {ratio:.2g} times the network's {teacher.sigma_data:g}"
-    advice = "data in [-1, 1]? latents times the VAE's scaling factor? the sigma_data of its training?"
-    return 0.4 < ratio < 2.5, words, advice
+    return 0.4 < ratio < 2.5, words, "data in [-1, 1]? latents times the VAE's scaling factor?"
 
 
 # --- All of them.
