@@ -14,7 +14,7 @@ import torch
 from edm.images.sampler import heun
 from edm.quality import wiring
 
-SHORT = 1 / 10, 6  # the noise levels that decide, in spreads of the data: there the readings differ
+SHORT = 0.1, 6  # the noise levels that decide, in spreads of the data: there the readings differ
 HALF = "half of the channels are a learned variance: keep F[:, :C]"
 NARROW = "return xt's float32: sums of x and F in half precision lose what is left at small sigma"
 
@@ -142,12 +142,9 @@ def mean_of(x):
 
 
 def denoising(own):
-    words = "of the best linear denoiser's, at {:g} to {:g} times the data's spread".format(*SHORT)
-    return (
-        mean_of(own.errors) < 1.25,
-        f"{mean_of(own.errors):.3g} {words}",
-        "see wiring; else: trained at all? are these its data?",
-    )
+    ratio = mean_of(own.errors)
+    words = f"{ratio:.3g} of the best linear denoiser's, at 0.1 to 6 times the data's spread"
+    return ratio < 1.25, words, "see wiring; else: trained at all? are these its data?"
 
 
 def named(own, found, rows):
@@ -160,8 +157,7 @@ def named(own, found, rows):
         (found.scale, "it is given {1} where it expects {0}", "give it {}"),
         (found.data, "{}", "bring the data into its units; for latents, times the VAE's scaling factor"),
     )
-    start = "" if found.right else "nothing that was tried makes it right, but best is: "
-    start = "perhaps: " if gain > 0.75 else start
+    start = "perhaps: " if gain > 0.75 else "" if found.right else "nothing tried makes it right, best is: "
 
     def say(parts, otherwise):
         if not (parts := [part for part in parts if part[0]]):
@@ -239,8 +235,8 @@ def labels(teacher, samples):
 def guidance(teacher, x, sigma):
     if not (teacher.guided and teacher.other):
         return None, "there is none"
-    how = lambda scale: {"cond": teacher.other, "denoiser": teacher.guided(scale)}
-    one, two, four = (teacher.said(x, sigma, **how(scale)) for scale in (1, 2, 4))
+    at = lambda scale: teacher.said(x, sigma, cond=teacher.other, denoiser=teacher.guided(scale))
+    one, two, four = at(1), at(2), at(4)
     gap = rms(four - one - 3 * (two - one)) / max(rms(two - one), 1e-12)
     return gap < 0.02, f"D is affine in the scale to {gap:.1g}", "D_null + scale (D - D_null)"
 
