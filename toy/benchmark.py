@@ -81,9 +81,8 @@ def tell(argv=None):
     check(cfg)
     step, product, ratios, count = measure(cfg)
     print(f"a step takes {step:.2f} ms, its {count} matrix products {product:.2f} ms")
-    print(
-        f"  {statistics.median(ratios):.2f} times as long ({ratios[0]:.2f} to {ratios[-1]:.2f} in {ROUNDS} rounds)"
-    )
+    spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
+    print(f"  {statistics.median(ratios):.2f} times as long ({spread} in {ROUNDS} rounds)")
     return 0
 
 
