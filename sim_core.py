@@ -58,14 +58,12 @@ def _check(name, value):
         value = torch.tensor(float(value))
     if not (torch.is_tensor(value) and value.is_floating_point()):
         raise ValueError(f"{name} must be a floating-point tensor, got {getattr(value, 'dtype', value)}")
-    if name not in ("sigma", "weight") or torch.compiler.is_compiling() or value.device.type != "cpu":
-        return
-    if value.numel() and not torch._C._functorch.is_functorch_wrapped_tensor(value):
+    hidden = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(value)
+    if name in ("sigma", "weight") and value.device.type == "cpu" and not hidden and value.numel():
         least, most = (edge.item() for edge in value.detach().aminmax())  # NaN if there is one
-        if not (most < math.inf and (least > 0 or (name, least) == ("weight", 0))):
-            wrong = least if not least > 0 else most
-            rule = "not negative" if name == "weight" else "positive"
-            raise ValueError(f"{name} must be finite and {rule}, got {wrong}")
+        rule, fits = ("not negative", least >= 0) if name == "weight" else ("positive", least > 0)
+        if not (fits and most < math.inf):
+            raise ValueError(f"{name} must be finite and {rule}, got {most if fits else least}")
 
 
 def _formula(function, back=True):
@@ -76,11 +74,10 @@ def _formula(function, back=True):
 
     @wraps(function)
     def checked(*args, **kwargs):
-        given = dict(zip(names, args)) | kwargs
-        for name in hinted:
-            if name in given:
-                _check(name, given[name])
-        alike = {n: given[n] for n in hinted if n in given and n not in ("sigma", "weight")}
+        given = {name: value for name, value in (dict(zip(names, args)) | kwargs).items() if name in hinted}
+        for name, value in given.items():
+            _check(name, value)
+        alike = {name: value for name, value in given.items() if name not in ("sigma", "weight")}
         if len({tensor.shape for tensor in alike.values()}) > 1:
             raise ValueError(f"shapes differ: {', '.join(f'{n} {tuple(v.shape)}' for n, v in alike.items())}")
         result = function(*map(_wide, args), **{name: _wide(value) for name, value in kwargs.items()})

@@ -34,6 +34,7 @@ from edm.config import (
     TextDistillation,
     command_line,
 )
+from toy import benchmark as benchmark_2d
 from toy import command, compare_2d, explore, f_divergences, files, train_2d
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +48,7 @@ COMMANDS = {  # name -> argv -> exit code; what it needs besides
     "train_2d": (train_2d.cli, ""),
     "compare_2d": (compare_2d.cli, ""),
     "explore": (explore.cli, "none"),
+    "benchmark_2d": (benchmark_2d.cli, ""),
     "verify_identity": (verify_identity.main, ""),
     "f_divergences": (f_divergences.main, ""),
     "distill": (by_settings(distill, Distillation, DISTILLATIONS), ""),

@@ -360,6 +360,7 @@ def test_other_schedulers_of_the_straight_path_reach_the_data(scheduler, tmp_pat
 
 def test_the_twin_of_the_text_digits_is_trained_at_its_levels(fast, tmp_path, monkeypatch):
     monkeypatch.setattr(digits, "TRANSFORMER", SMALL)
+    monkeypatch.setitem(digits.SAMPLER, "steps", 2)
     monkeypatch.setitem(TEACHERS, "flow-digits", dict(steps=2, batch=8, lr=1e-3, every=16, vae_steps=2))
     words = ["--preset", "flow-digits", "--device", "cpu", "--out", str(tmp_path / "t")]
     drawn, draw_levels = [], FlowDenoiser.draw_levels

@@ -152,7 +152,7 @@ def test_commands_are_found():
     assert scripts == public and len(commands()) > 50
 
 
-@pytest.mark.parametrize("name", ["run", "test", "verify", "images", "text"])
+@pytest.mark.parametrize("name", ["run", "test", "verify", "images", "fashion", "text"])
 def test_ci_runs_the_pages_own_commands(name):
     ci = (ROOT / ".ci/run").read_text()
     function = re.search(r"^readme\(\) .*?^\}", ci, re.M | re.S)[0]

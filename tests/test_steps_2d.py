@@ -25,7 +25,7 @@ METHODS = Config.__dataclass_fields__["method"].metadata["choices"]
 
 MANY = dict(target="grid", seed=3, c=0.7, sigma_distribution="pixart", fake_sigma_distribution="karras",
             steps=5, weighting="edm", fake_updates=2, warmup=1, batch=24, lr=5e-3, fake_lr=0.01, beta2=0.9,
-            schedule="constant", eps=1e-3, ema=0.1, sigma_init=1.3)  # fmt: skip
+            schedule="constant", eps=1e-5, ema=0.1, sigma_init=1.3)  # fmt: skip
 OPTIONS = [  # each case is about its last option, and the first ones see the most
     MANY, {}, VP, dict(fake="exact"), dict(teacher="exact"), *(dict(method=name) for name in METHODS[1:]),
     dict(method="sid", alpha=0.5), dict(distance="huber", delta=0.05), dict(distance="power", alpha=6),
@@ -42,7 +42,7 @@ OPTIONS = [  # each case is about its last option, and the first ones see the mo
     *(dict(fake_sigma_distribution=name) for name in ("sim", "karras", "pixart", "vp", "flow")),
     dict(network="flow"), dict(sigma_distribution="flow"), dict(network="flow", width=12),
     dict(fake_updates=3), dict(warmup=0), dict(warmup=5), dict(steps=6), dict(batch=24), dict(lr=5e-3),
-    dict(fake_lr=1e-3), dict(beta2=0.9), dict(schedule="constant"), dict(schedule="cosine"),
+    dict(fake_lr=1e-3), dict(beta2=0.9), dict(schedule="constant"), dict(schedule="trapezoid"),
     dict(eps=1e-2), dict(ema=0.1), dict(ema=0.0), dict(width=12), VP | dict(width=12), dict(sigma_init=1.3),
 ]  # fmt: skip
 

@@ -20,8 +20,7 @@ from toy.logbook import Diverged, Log
 from toy.marking import Wrong
 from toy.mixtures import equal_mixture, make_target
 
-SHORT = dict(width=64, teacher_steps=600, steps=600, lr=2e-3, fake_lr=4e-3, schedule="cosine", eps=1e-8,
-             sigma_init=1.0, ema=0.99)  # what differs from Config's  # fmt: skip
+SHORT = dict(width=64, teacher_steps=600, steps=600, sigma_init=1.0, ema=0.99)  # what differs from Config's
 
 
 def rng(seed=0):

@@ -55,10 +55,10 @@ class Config:
         4e-3, "learning rate of the online network: it must be the faster one", within="positive"
     )
     beta2: float = option(0.99, "Adam's second beta for both; the first is 0", within="below one")
-    schedule: str = option("trapezoid", "of both learning rates; trapezoid: they fall to 0 over the last three "
-                           "tenths", ("trapezoid", "cosine", "constant"))  # fmt: skip
-    eps: float = option(1e-4, "Adam's epsilon for both: it spares weights that few samples use, whose steps "
-                        "are 1 / sqrt(1 - beta2) rates otherwise", within="positive")  # fmt: skip
+    schedule: str = option("cosine", "of both learning rates; trapezoid: they fall in the last three tenths",
+                           ("cosine", "trapezoid", "constant"))  # fmt: skip
+    eps: float = option(1e-8, "Adam's epsilon for both; 1e-4 spares weights that few samples use, and bursts",
+                        within="positive")  # fmt: skip
     ema: float = option(
         0.999, "decay of the generator's moving average, which is what gets evaluated", within="below one"
     )
@@ -97,13 +97,12 @@ PRESETS = {
     "default": {},
     # Listing 1: VP, T = 1000, eps-network on cat[xt, t/T], g^2 weight; no warm-up, schedule or EMA.
     "listing1": dict(network="vp", sigma_distribution="vp", fake_sigma_distribution="vp", fake_updates=2,
-                     batch=2000, lr=1e-3, fake_lr=1e-3, beta2=0.999, warmup=0, schedule="constant", ema=0.0,
-                     eps=1e-8),
+                     batch=2000, lr=1e-3, fake_lr=1e-3, beta2=0.999, warmup=0, schedule="constant", ema=0.0),
     # A teacher of the new kind: rectified flow, t uniform.
     "flow": dict(network="flow", fake_sigma_distribution="flow"),
     # Algorithm 2 and Table 5; its learning rate 1e-5 is for pre-trained U-Nets, a small MLP needs 1e-3.
     "algorithm2": dict(sigma_distribution="sim", batch=256, lr=1e-3, fake_lr=1e-3, beta2=0.999, warmup=0,
-                       schedule="constant", eps=1e-8),
+                       schedule="constant"),
 }  # fmt: skip
 
 
