@@ -15,7 +15,7 @@ IMAGE_TESTS = [
         *("checkpoints", "data", "distill", "evaluate", "networks", "preference_study", "sample", "pth"),
         *("pixart", "pixart_files", "prompts", "released_text", "sample_pixart", "distill_pixart"),
         *("text_metrics", "steps_images", "released", "device", "shared_forward", "default_dtype", "hostile"),
-        *("check_teacher", "flow"),
+        *("check_teacher", "flow", "sd3"),
     )
 ]
 collect_ignore = [] if all(map(find_spec, NEEDED)) else IMAGE_TESTS
