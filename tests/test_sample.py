@@ -161,13 +161,13 @@ def test_images_are_those_of_the_network_called_directly(about):
 @pytest.mark.parametrize("about", [{"sigma_init": 2.5}, {}], ids=["one step", "heun"])
 def test_float_images_depend_on_neither_batch_nor_company(about, autocast, monkeypatch):
     monkeypatch.setattr("edm.images.sampler.to_uint8", lambda x: x)  # the bits before they are rounded off
-    network, seeds = tiny(img_channels=3), list(range(21))
+    network, seeds = tiny(img_channels=3), list(range(9))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         images, _ = drawn(network, about, seeds, 64)
         assert images.flatten(1).std(0).min() > 0.01  # so the following could fail
-        for batch in (1, 3, 13):
+        for batch in (1, 5):
             assert torch.equal(drawn(network, about, seeds, batch)[0], images)
-        assert torch.equal(drawn(network, about, seeds[20:2:-3], 4)[0], images[list(range(20, 2, -3))])
+        assert torch.equal(drawn(network, about, seeds[8:2:-3], 4)[0], images[[8, 5]])
 
 
 @pytest.mark.parametrize("resolution, size", [(8, 64), (32, 8)])
