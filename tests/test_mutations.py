@@ -93,7 +93,16 @@ def drawn(name, file, config):
     return config.getoption("--thorough") or not zlib.crc32(name.encode() + (ROOT / file).read_bytes()) % 6
 
 
+def test_every_line_to_break_stands_once():
+    for name, (file, old, new) in (
+        (name, found) for suite in SUITES.values() for name, found in suite.items()
+    ):
+        assert (ROOT / file).read_text().count(old) == 1 and old != new, f"{file}: {name}"
+
+
 def pytest_generate_tests(metafunc):
+    if metafunc.cls is None:
+        return
     all_ = [(tests, name, SUITES[tests][name][0]) for tests in metafunc.cls.suites for name in SUITES[tests]]
     broken = [(tests, name) for tests, name, file in all_ if drawn(name, file, metafunc.config)]
     if "name" in metafunc.fixturenames:
