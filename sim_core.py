@@ -54,8 +54,7 @@ def _positive(**numbers):
 def _check(name, value):
     """A floating-point tensor; sigma > 0 and weight >= 0 wherever a look costs nothing: on the CPU,
     outside torch.compile and vmap.  On an accelerator it would stall every step."""
-    if name == "weight" and isinstance(value, int | float):
-        value = torch.tensor(float(value))
+    value = torch.tensor(float(value)) if name == "weight" and isinstance(value, int | float) else value
     if not (torch.is_tensor(value) and value.is_floating_point()):
         raise ValueError(f"{name} must be a floating-point tensor, got {getattr(value, 'dtype', value)}")
     hidden = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(value)
