@@ -200,6 +200,20 @@ def test_sigma_may_be_a_number():
             of(x, torch.ones(3))
 
 
+def test_the_denoiser_is_its_formula():
+    network, x, sigma = Denoiser(width=8, sigma_data=0.7), torch.randn(6, 2), torch.rand(6) + 0.1
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    s, level = sigma[:, None], sigma.log()[:, None] / 4
+    angle, root = level * network.frequencies, (sigma[:, None] ** 2 + 0.7**2).sqrt()
+    said, h = network.embed(torch.cat([level, angle.sin(), angle.cos()], 1)), x / root
+    for i, layer in enumerate(network.layers):
+        scale, shift = said[:, 16 * i : 16 * i + 8], said[:, 16 * i + 8 : 16 * i + 16]
+        h = torch.nn.functional.silu((1 + scale) * layer(h) + shift)
+    expected = 0.7**2 / root**2 * x + 0.7 * s / root * network.out(h)
+    assert torch.allclose(network(x, sigma), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_generator_is_the_denoiser_at_sigma_init():
     network, z = Denoiser(), torch.randn(5, 2)
     torch.nn.init.normal_(network.out.weight)
