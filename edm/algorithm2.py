@@ -6,9 +6,8 @@ from functools import partial
 import torch
 
 import sim_core as sim
-from edm.config import surrogate
 from edm.training.trainee import Batches, MovingAverage, Trainee, generator_of, schedule, shard
-from toy.command import sigma_sampler
+from toy.command import sigma_sampler, surrogate
 
 SIGMA_BINS = (0.2, 1.0, 4.0)  # edges of the bins of the log, in units of sigma_data
 

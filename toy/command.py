@@ -85,6 +85,24 @@ def sigma_sampler(cfg, named, which=""):
     return named[name] if mean is None else partial(sim.lognormal_sigma, mean=mean, std=std)
 
 
+def surrogate(cfg):
+    """--method and its parameters: a loss of (fake, teacher, target), for density of networks.  UserError
+    for what does not go together."""
+    given = {k: getattr(cfg, k) for k in ("c", "delta", "alpha", "beta") if getattr(cfg, k) is not None}
+    if cfg.method in ("sid", "diff_instruct"):
+        if unfit := set(given) - ({"alpha"} if cfg.method == "sid" else set()):
+            raise UserError(f"--method {cfg.method} does not take {', '.join(sorted(unfit))}")
+        if cfg.method == "diff_instruct" and cfg.space != "denoised":
+            raise UserError("--method diff_instruct needs --space denoised, where the target is x0")
+        return partial(sim.sid_loss, **given) if cfg.method == "sid" else sim.diff_instruct_loss
+    density = partial(sim.density_loss, space=cfg.space)
+    loss = {"sim": sim.sim_loss, "full": sim.full_loss, "density": density}[cfg.method]
+    try:
+        return partial(loss, distance=sim.make_distance(cfg.distance, **given))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with ranges, and errors of one line."""
 

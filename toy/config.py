@@ -2,12 +2,11 @@
 
 import dataclasses
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 import sim_core as sim
-from toy.command import Parser, add_options, at_least, check_ranges, option, sigma_sampler
+from toy.command import Parser, add_options, at_least, check_ranges, option, sigma_sampler, surrogate
 from toy.files import UserError
 from toy.mixtures import TARGETS
 from toy.networks import flow_sigma, vp_sigma
@@ -148,10 +147,7 @@ def check(cfg):
         raise UserError("--method density takes no --weighting")
     for which in ("", "fake_"):
         sigma_sampler(cfg, SIGMAS, which)
-    try:
-        surrogate(cfg)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    surrogate(cfg)
     try:
         torch.zeros(1, device=cfg.device).item()  # meta has no numbers
     except Exception as error:  # each backend has its own
@@ -161,17 +157,3 @@ def check(cfg):
 
         if pyplot.get_backend().lower() == "agg":  # what matplotlib falls back on without a screen
             raise UserError("--show needs a display; without one, look at convergence.gif afterwards")
-
-
-def surrogate(cfg):
-    """--method and its parameters: a loss of (fake, teacher, target), for density of networks."""
-    given = {k: getattr(cfg, k) for k in ("c", "delta", "alpha", "beta") if getattr(cfg, k) is not None}
-    if cfg.method in ("sid", "diff_instruct"):
-        if unfit := set(given) - ({"alpha"} if cfg.method == "sid" else set()):
-            raise ValueError(f"--method {cfg.method} does not take {', '.join(sorted(unfit))}")
-        if cfg.method == "diff_instruct" and cfg.space != "denoised":
-            raise ValueError("--method diff_instruct needs --space denoised, where the target is x0")
-        return partial(sim.sid_loss, **given) if cfg.method == "sid" else sim.diff_instruct_loss
-    density = partial(sim.density_loss, space=cfg.space)
-    loss = {"sim": sim.sim_loss, "full": sim.full_loss, "density": density}[cfg.method]
-    return partial(loss, distance=sim.make_distance(cfg.distance, **given))

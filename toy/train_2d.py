@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import sim_core as sim
 from toy import command
-from toy.config import SIGMAS, check, parse_args, resolve, settings, surrogate
+from toy.config import SIGMAS, check, parse_args, resolve, settings
 from toy.files import UserError
 from toy.folder import Folder
 from toy.logbook import Diverged, Log, finish
@@ -138,7 +138,8 @@ def distill(cfg, run, target, teacher, log, stop, loss_of=None):
     rng, batch = run.rng, cfg.batch
     draw_sigma, draw_fake_sigma = sigma_sampler(cfg, rng), sigma_sampler(cfg, rng, "fake_")
     fake_weight, sigma_data = score_matching_weight(cfg, target), target.data_std()
-    loss_of, weight, learned = loss_of or surrogate(cfg), sim.WEIGHTINGS[cfg.weighting], cfg.fake == "learned"
+    weight, learned = sim.WEIGHTINGS[cfg.weighting], cfg.fake == "learned"
+    loss_of = loss_of or command.surrogate(cfg)
 
     def normal():
         return torch.randn(batch, 2, generator=rng, device=cfg.device, dtype=torch.float32)

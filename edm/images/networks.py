@@ -1,8 +1,7 @@
 """The EDM networks (Karras et al. 2022): U-Net, preconditioner, and the one-step generator on top.
 
-`EDMPrecond` is the denoiser(xt, sigma, **cond) that sim_core asks for, around `SongUNet` in the two
-configurations of EDM's CIFAR-10 models, DDPM++ ("vp") and NCSN++ ("ve"); its state dict has the
-names and shapes of the released checkpoints.  Notation: images x are (B, C, H, W), sigma is (B,).
+`EDMPrecond` is the denoiser(xt, sigma, **cond) that sim_core asks for, around `SongUNet` as DDPM++ ("vp") or
+NCSN++ ("ve"); its state dict has the released checkpoints' names.  Images x are (B, C, H, W), sigma is (B,).
 
     x -> conv -> blocks -> down -> blocks -> ... -> in0, in1 -> blocks -> up -> blocks -> ... -> F
              \\______\\_________\\___ skips, concatenated, last first ___/_____/__________/
