@@ -216,13 +216,15 @@ def test_the_study_in_the_plane_is_quoted_as_it_was_measured():
         assert quoted[arm][targets.index(target)] == expected, (arm, target)
 
 
-def test_the_study_on_digits_is_quoted_as_it_was_measured():
-    found = final(records("edm/gallery/study.csv"))
-    quoted = table_rows(EDM, "the study on digits")
+@pytest.mark.parametrize("file, mark", [("study", "the study on digits"), ("study-b3", "the study of B.3")])
+def test_a_study_on_digits_is_quoted_as_it_was_measured(file, mark):
+    found = final(records(f"edm/gallery/{file}.csv"))
+    quoted = table_rows(EDM, mark)
     for arm, scores in found.items():
         each = ", ".join(f"{value:.2f}" for value in scores["fd"])
         medians = [f"{statistics.median(scores[name]):.2f}" for name in ("fd", "precision", "recall")]
         assert quoted[arm][:4] == [each, *medians], arm
+        assert "follows" not in scores or quoted[arm][4] == f"{statistics.median(scores['follows']):.2f}"
 
 
 def test_every_picture_is_shown_and_has_its_command():
