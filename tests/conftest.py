@@ -1,6 +1,7 @@
 """The tests of edm/ need edm/requirements.txt; without it they are left out, and the summary says so."""
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two workers of two threads would fight
 
@@ -9,15 +10,10 @@ from importlib.util import find_spec
 import pytest
 
 NEEDED = ("accelerate", "diffusers", "PIL", "safetensors", "torchmetrics", "transformers")
-IMAGE_TESTS = [
-    f"test_{name}.py"
-    for name in (
-        *("checkpoints", "data", "distill", "evaluate", "networks", "preference_study", "sample", "pth"),
-        *("pixart", "pixart_files", "prompts", "released_text", "sample_pixart", "distill_pixart"),
-        *("text_metrics", "steps_images", "released", "device", "shared_forward", "default_dtype", "hostile"),
-        *("check_teacher", "flow", "sd3"),
-    )
-]
+OF_IMAGES = """checkpoints data distill distill_runs distill_processes evaluate networks preference_study
+sample pth pixart pixart_files prompts released_text sample_pixart distill_pixart text_metrics
+steps_images released device shared_forward default_dtype hostile check_teacher flow sd3"""
+IMAGE_TESTS = [f"test_{name}.py" for name in OF_IMAGES.split()]
 collect_ignore = [] if all(map(find_spec, NEEDED)) else IMAGE_TESTS
 
 
@@ -31,6 +27,20 @@ def pytest_addoption(parser):
 @pytest.fixture
 def thorough(request):
     return request.config.getoption("--thorough")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The test's own folder, as the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """accelerate remembers the precision of the first Accelerator."""
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state()
 
 
 def pytest_terminal_summary(terminalreporter):

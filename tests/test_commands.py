@@ -212,7 +212,7 @@ def test_accelerate_s_variables_decide_nothing(monkeypatch, capsys):
     from accelerate.state import AcceleratorState
 
     from edm.training.trainee import make_accelerator
-    from tests.test_distill import config
+    from tests.small import config
 
     AcceleratorState._reset_state(True)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")

@@ -17,7 +17,7 @@ from edm.images.networks import EDMPrecond
 from edm.images.sampler import fixed_latents, latents
 from edm.quality import features as networks
 from edm.quality import metrics
-from tests.test_distill import UNET, quick
+from tests.small import UNET, quick
 from toy import train_2d
 from toy.config import Config, resolve
 from toy.mixtures import TARGETS, make_target

@@ -16,14 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sim_core as sim
-from edm import device, distill, train_teacher
+from edm import device, distill
 from edm.algorithm2 import Distiller
 from edm.images.data import Images
 from edm.images.sampler import heun
 from edm.quality import metrics
 from edm.text.pixart import PixArtDenoiser, sigma_of_t
 from edm.training.trainee import make_accelerator
-from tests import test_distill as small
+from tests import small
 from toy.files import UserError
 
 
@@ -114,15 +114,10 @@ def test_a_step_of_the_distillation_makes_no_float64(audit, choice):
 
 
 def test_a_step_of_the_teacher_makes_no_float64(audit):
-    cfg = small.TeacherTraining(device="cpu", threads=1, batch=8, steps=4, flip=True)
-    accelerator, data = (
-        make_accelerator(cfg),
-        Images(torch.zeros(20, 1, 8, 8).byte(), torch.arange(20) % 10, ""),
-    )
+    data = Images(torch.zeros(20, 1, 8, 8).byte(), torch.arange(20) % 10, "")
     with audit:
         net = small.network().to("meta").requires_grad_(True)
-        examples = train_teacher.image_examples(cfg, accelerator.device, net, data)
-        train_teacher.TeacherTask(cfg, accelerator, net, examples).step(2)
+        small.teacher_task(net, data, batch=8, steps=4, flip=True).step(2)
     clean(audit, 200)
 
 

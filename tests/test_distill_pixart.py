@@ -1,145 +1,51 @@
-"""Algorithm 2 on text-to-image: its gradients by hand, guided, accumulated, over processes; killed runs."""
+"""Algorithm 2 on text-to-image: its gradients by hand, guided, accumulated; memory; whole runs."""
 
-import csv
 import dataclasses
-import gc
-import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from diffusers import AutoencoderKL, PixArtTransformer2DModel
+from diffusers import PixArtTransformer2DModel
 from safetensors.torch import save_file
-from torch.distributed.tensor import distribute_tensor
 
 import sim_core as sim
 from edm import distill_pixart, prompts
 from edm.algorithm2 import Distiller
-from edm.config import TEACHERS, TEXT_DISTILLATIONS, TEXT_PRESETS, TextDistillation, command_line
+from edm.config import TEXT_PRESETS, TextDistillation
 from edm.images.networks import Generator
-from edm.quality import captions
 from edm.text import digits, pixart_files
 from edm.text.pixart import PixArtDenoiser
-from edm.training.trainee import generator_of, make_accelerator
-from tests.test_distill import Watch, flat, quick, relative, same
+from edm.training.trainee import generator_of
+from tests import small_text
+from tests.by_hand import flat, relative
+from tests.small import Watch, assert_each_update_moves_its_own, assert_rows_close, same, signal_at
+from tests.small_text import GUIDED, SMALL, assert_algorithm_2, gradients, record, run, task_of
 from toy.files import UserError
 from toy.folder import Folder
 
-ROOT = Path(__file__).parents[1]
-SMALL = dict(num_attention_heads=2, attention_head_dim=12, num_layers=2, in_channels=4, out_channels=8,
-             cross_attention_dim=24, caption_channels=64, sample_size=8, patch_size=2)  # fmt: skip
-TINY = dict(preset="pixart-digits", device="cpu", threads=1, steps=4, batch=8, every=16, samples=20, lr=1e-3,
-            fake_lr=2e-3, warmup=0, lr_end=0.0, guidance=1.0, fake_weighting="one",
-            ema_halflife=4000)  # fmt: skip
-
-
-def config(**changes):
-    return TextDistillation(**TEXT_PRESETS["pixart-digits"]["distill"] | TINY | changes)
-
-
-def make_pipeline(folder, predicts="noise"):
-    """All of a pipeline, small, of random weights: folder/pipeline."""
-    torch.manual_seed(0)
-    for name, part in zip(("tokenizer", "text_encoder"), digits.make_text_encoder()):
-        part.save_pretrained(folder / "frozen" / name)
-    AutoencoderKL(**digits.VAE).save_pretrained(folder / "frozen/vae")
-    transformer = PixArtTransformer2DModel(**SMALL)
-    for p in transformer.parameters():
-        torch.nn.init.normal_(p, std=0.5 * p[0].numel() ** -0.5)
-    digits.save_pipeline(folder / "pipeline", folder / "frozen", transformer, predicts)
-    return folder / "pipeline"
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return make_pipeline(tmp_path_factory.mktemp("pipeline"))
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    """accelerate remembers the precision of the first Accelerator."""
-    AcceleratorState._reset_state()
-
-
-def whole_tensor(t):
-    return t.full_tensor() if hasattr(t, "full_tensor") else t
-
-
-def task_of(pipeline, dtype=torch.float64, **changes):
-    """A TextDistiller of three different networks.  task.gradients: those of its last updates, flat."""
-    cfg = config(teacher=str(pipeline), **changes)
-    parts = distill_pixart.Prompts(cfg, make_accelerator(cfg))
-    parts.transformer.to(dtype)
-    task = parts.build()
-    torch.manual_seed(1)
-    for trainee in (task.fake, task.generator):
-        for p in trainee.network.parameters():
-            nudge = 0.05 * torch.randn(p.shape, dtype=p.dtype)
-            if trainee.sharded:
-                nudge = distribute_tensor(nudge, p.device_mesh, p.placements)
-            p.data += nudge
-    task.gradients = {}
-    for name in ("fake", "generator"):
-        watch(task, name)
-    return task
-
-
-def watch(task, name):
-    trainee = getattr(task, name)
-    norm = trainee.norm
-
-    def watched():
-        parts = [whole_tensor(p.grad).flatten() for p in trainee.network.parameters()]
-        task.gradients[name] = torch.cat(parts)
-        return norm()
-
-    trainee.norm = watched
-
-
-def gradients(pipeline, **changes):
-    task = task_of(pipeline, **changes)
-    task.step(3)
-    return task.gradients
-
-
-# ----------------------------------------------------------------------------------------------
-# Who moves when, and by what.
+fast, pipeline = small_text.fast, small_text.pipeline  # fixtures
 
 
 @pytest.mark.parametrize("choice", [dict(), dict(guidance=3.0, fake_guidance=2.0, micro_batch=4)], ids=str)
 def test_each_update_moves_its_own_network(pipeline, choice):
     task = task_of(pipeline, sigma_init=1.3, **choice)
-    draw, watch = task.draw(0, 0), Watch(task)
+    draw = task.draw(0, 0)
     images = task.images(draw, keep_graph=task.batches.count == 1)
     z, level = draw["z"][0].double(), torch.full((len(draw["z"][0]),), 1.3).double()
     by_hand = task.generator.network.denoiser(1.3 * z, level, **draw["cond"][0])
     assert relative(images[0], by_hand) < 1e-5
-    task.update_fake(draw, images, 0)
-    assert watch.moved() == {"fake"}
-    task.update_generator(draw, None, 0)
-    assert watch.moved() == {"generator"}
-    assert all(p.grad is None for net in watch.networks.values() for p in net.parameters())
-    assert all(p.requires_grad for p in task.fake.network.parameters())
-    assert not any(p.requires_grad for net in (task.teacher, task.ema.network) for p in net.parameters())
+    assert_each_update_moves_its_own(task, images, draw)
 
 
-def gradient(loss, net):
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*net.parameters()])])
-
-
-def noise_of(net, xt, level, cond):
-    """What the transformer predicts, by hand."""
+def denoised(net, xt, level, cond):
+    """By the transformer, which predicts the noise."""
     t = net.timestep(level.flatten())
-    return net.transformer(xt / (1 + level**2).sqrt(), cond["caption"].double(), timestep=t,
-                           encoder_attention_mask=cond["mask"]).sample[:, :4]  # fmt: skip
+    given = dict(timestep=t, encoder_attention_mask=cond["mask"])
+    noise = net.transformer(xt / (1 + level**2).sqrt(), cond["caption"].double(), **given).sample[:, :4]
+    return xt - level * noise
 
 
 CHOICES = [dict(), dict(guidance=3.0), dict(fake_guidance=2.0)]
@@ -148,47 +54,13 @@ CHOICES += [dict(fake_weighting=name) for name in ("edm", "noise")]
 
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 def test_gradients_of_a_step_are_those_of_algorithm_2(pipeline, choice):
-    task, fresh = task_of(pipeline, **choice), task_of(pipeline, **choice)
-    task.step(3)  # psi moves, then theta; fresh keeps both as they were
-    draw = {name: part[0] for name, part in fresh.draw(3, 0).items() if name != "levels"}
-    cond, theta = draw["cond"], fresh.generator.network.denoiser
-    null = {k: v.expand(8, *v.shape[1:]) for k, v in fresh.null.items()}
-    start = torch.full((8, 1, 1, 1), 2.5, dtype=torch.float64)
-    x0 = 2.5 * draw["z"] - 2.5 * noise_of(theta, 2.5 * draw["z"].double(), start, cond)
-
-    s, still, shown = draw["fake_sigma"].double().view(-1, 1, 1, 1), x0.detach(), cond
-    if "fake_guidance" in choice:  # the online network does without some captions
-        assert 0 < draw["hidden"].sum() < 8
-        swap = lambda a, b: torch.where(draw["hidden"].view(-1, *[1] * (a.ndim - 1)), b, a)
-        padded = {k: torch.cat([v, torch.zeros_like(cond[k][:, v.shape[1] :])], 1) for k, v in null.items()}
-        shown = {k: swap(cond[k], padded[k]) for k in cond}
-    xt = still + s * draw["fake_noise"]
-    error = xt - s * noise_of(fresh.fake.network, xt, s, shown) - still
-    weights = {"one": 1, "noise": s**-2, "edm": (s**2 + 1) / s**2}  # sigma_data 1
-    weight = weights[choice.get("fake_weighting", "one")]
-    loss = (weight * error**2).sum() / 8
-    assert relative(task.gradients["fake"], gradient(loss, fresh.fake.network)) < 1e-6
-
-    s = draw["sigma"].double().view(-1, 1, 1, 1)
-    xt = x0 + s * draw["noise"]
-
-    def judged(net, scale):
-        ours, nobody = (xt - s * noise_of(net, xt, s, c) for c in (cond, null))
-        return nobody + scale * (ours - nobody)
-
-    teacher = fresh.teacher.denoiser if "guidance" in choice else fresh.teacher
-    d_q = judged(teacher, choice.get("guidance", 1))
-    d_psi = judged(task.fake.network, choice.get("fake_guidance", 1))
-    y = d_psi - d_q
-    slope = y / ((y**2).sum((1, 2, 3), keepdim=True) + task.cfg.c**2).sqrt()
-    loss = -(slope * (d_psi - x0)).sum() / 8
-    assert relative(task.gradients["generator"], gradient(loss, theta)) < 1e-6
+    assert_algorithm_2(pipeline, denoised, **choice)
 
 
 @pytest.mark.parametrize("share", [True, False])
 def test_accumulation_reproduces_the_whole_batch(pipeline, share):
-    whole = gradients(pipeline, share=share, guidance=2.0, fake_guidance=2.0)
-    for name, g in gradients(pipeline, share=share, micro_batch=2, guidance=2.0, fake_guidance=2.0).items():
+    whole = gradients(pipeline, share=share, **GUIDED)
+    for name, g in gradients(pipeline, share=share, micro_batch=2, **GUIDED).items():
         assert relative(g, whole[name]) < 1e-6, name  # captions are float32, padded otherwise
 
 
@@ -296,7 +168,6 @@ def test_memory_plan_of_the_paper(monkeypatch):
 @pytest.fixture
 def here(pipeline, monkeypatch):
     """A folder with the pipeline and files that are wrong in some way."""
-    quick(monkeypatch.setattr)
     folder = pipeline.parent
     monkeypatch.chdir(folder)
     if not (folder / "mute").exists():
@@ -313,37 +184,6 @@ def here(pipeline, monkeypatch):
         (folder / "binary.txt").write_bytes(bytes(range(256)))
         (folder / "few.txt").write_text("a handwritten one\na handwritten two\n")
     return folder
-
-
-def run(*more, **changes):
-    """edm/distill_pixart.py's exit code."""
-    settings = {k: v for k, v in (TINY | dict(teacher="pipeline") | changes).items() if v is not None}
-    words = [word for k, v in settings.items() for word in (f"--{k.replace('_', '-')}", str(v))]
-    presets = TEXT_DISTILLATIONS
-    try:
-        return command_line(distill_pixart.main, TextDistillation, "", [*words, *more], presets)
-    except SystemExit as stop:
-        return stop.code
-    finally:
-        gc.collect()  # lets go of the run's folder
-
-
-def record(out):
-    """What must not depend on interruptions: the log but for time and memory, and all weights."""
-    rows = list(csv.DictReader((Path(out) / "log.csv").read_text().splitlines()))
-    for row in rows:
-        del row["seconds"], row["peak_memory_gb"]
-    state = Folder(out, {}).load()
-    weights = [flat(pixart_files.load_transformer(Path(out) / "generator.safetensors")[0])]
-    for name in ("fake", "generator"):
-        weights.append(torch.cat([v.flatten() for v in state[name]["network"].values()]))
-    return rows, weights
-
-
-@pytest.fixture
-def fast(monkeypatch):
-    for name in ("Reader", "compare"):
-        monkeypatch.setattr(captions, name, lambda *given: {})
 
 
 def test_a_run_leaves_what_it_promises(here, fast, tmp_path):
@@ -374,26 +214,16 @@ def test_captions_made_beforehand_give_the_same_run(here, fast, tmp_path, monkey
     assert run(out=tmp_path / "a") == 0
     assert run(out=tmp_path / "b", captions=tmp_path / "c.safetensors") == 0
     (rows, mine), (others, its) = record(tmp_path / "a"), record(tmp_path / "b")
-    for row, other in zip(rows, others, strict=True):
-        assert [float(v) for v in row.values()] == pytest.approx([float(v) for v in other.values()], rel=1e-3,
-                                                                 nan_ok=True)  # fmt: skip
+    assert_rows_close(rows, others, rel=1e-3)
     assert relative(mine[0], its[0]) < 1e-3
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
-def test_a_signal_saves_and_it_resumes_to_the_same_bits(number, here, fast, monkeypatch, capsys, tmp_path):
-    step = Distiller.step
-
-    def stopped(self, n):
-        if n == 2:
-            os.kill(os.getpid(), number)
-        return step(self, n)
-
+def test_a_signal_saves_and_it_resumes_to_the_same_bits(number, here, fast, capsys, tmp_path):
     assert run(out=tmp_path / "whole", steps=6) == 0
-    monkeypatch.setattr(Distiller, "step", stopped)
-    assert run(out=tmp_path / "cut", steps=6) == 130
+    with signal_at(2, number):
+        assert run(out=tmp_path / "cut", steps=6) == 130
     assert "stopped by a signal and saved; --resume" in capsys.readouterr().out
-    monkeypatch.setattr(Distiller, "step", step)
     assert run("--resume", out=tmp_path / "cut", steps=6) == 0
     assert "going on from step 3" in capsys.readouterr().out
     assert same(record(tmp_path / "cut"), record(tmp_path / "whole"))
@@ -474,69 +304,3 @@ def test_running_out_of_memory_is_one_line_and_keeps_checkpoints(here, fast, cap
     assert Folder(tmp_path / "run", {}).load()["step"] == 2
     assert run(out=tmp_path / "one", micro_batch=1) == 2
     assert "error: out of memory: even for one image at a time" in capsys.readouterr().err.splitlines()[-1]
-
-
-# ----------------------------------------------------------------------------------------------
-# Processes: several, and killed ones.
-
-START = f"import sys; sys.path[:0] = [{str(ROOT)!r}]\nimport tests.test_distill_pixart as t\n"
-TWO = """
-import torch
-found = {}
-for sharding in ("ddp", "fsdp"):
-    for micro_batch, share in t.ACCUMULATIONS:
-        task = t.task_of(sys.argv[1], sharding=sharding, micro_batch=micro_batch, share=share, **t.GUIDED)
-        assert task.accelerator.num_processes == 2 and task.batches.share == 4
-        task.step(3)
-        found[sharding, micro_batch, share] = task.gradients
-torch.save(found, f"rank{task.accelerator.process_index}.pt")
-t.quick()
-t.captions.Reader = t.captions.compare = lambda *given: {}
-for sharding in ("ddp", "fsdp"):
-    assert t.run(out=sharding, teacher=sys.argv[1], sharding=sharding, steps=4, every=16) == 0
-assert t.run("--resume", out="fsdp", teacher=sys.argv[1], sharding="fsdp", steps=4, every=16) == 0
-"""
-ACCUMULATIONS, GUIDED = [(0, True), (2, True), (1, False)], dict(guidance=2.0, fake_guidance=2.0)
-
-
-@pytest.mark.slow
-def test_two_processes_compute_what_one_does_whole_or_sharded(pipeline, here, fast, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    (tmp_path / "two.py").write_text(START + TWO)
-    words = [*torchrun, str(tmp_path / "two.py"), str(pipeline)]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "going on from step 4" in done.stdout
-    ranks = [torch.load(tmp_path / f"rank{i}.pt") for i in (0, 1)]
-    for (sharding, micro_batch, share), found in ranks[0].items():
-        expected = gradients(pipeline, share=share, **GUIDED)
-        for name, g in expected.items():
-            for mine in (found, ranks[1][sharding, micro_batch, share]):
-                assert relative(mine[name], g) < 1e-6, (sharding, micro_batch, share, name)
-    assert run(out=tmp_path / "one", steps=4) == 0
-    expected, its = record(tmp_path / "one")
-    for sharding in ("ddp", "fsdp"):
-        rows, mine = record(tmp_path / sharding)
-        assert [list(row) for row in rows] == [list(row) for row in expected]
-        for row, by_one in zip(rows, expected):
-            numbers, ones = ([float(v) for v in r.values()] for r in (row, by_one))
-            assert numbers == pytest.approx(ones, rel=1e-2, nan_ok=True)
-        assert relative(mine[0], its[0]) < 1e-3
-
-
-def shrink():
-    """A small teacher, trained briefly."""
-    digits.TRANSFORMER = SMALL
-    TEACHERS["pixart-digits"] = dict(steps=4, batch=8, lr=1e-3, every=16, vae_steps=2)
-    captions.Reader = captions.compare = lambda *given: {}
-
-
-@pytest.mark.slow
-def test_the_command_itself(pipeline, tmp_path):
-    words = "--steps 3 --batch 8 --every 16 --samples 40 --device cpu --threads 1 --out run --teacher".split()
-    command = [sys.executable, str(ROOT / "edm/distill_pixart.py"), *words, str(pipeline)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "finished after 3 steps" in done.stdout, done.stderr
-    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
-    assert 0 <= metrics["student_follows"] <= 1 and metrics["samples"] == 40
-    assert metrics["student_fd"] > metrics["floor_fd"] > 0 and sum(metrics["teacher_class_histogram"]) == 40

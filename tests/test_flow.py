@@ -1,16 +1,13 @@
 """Networks that predict velocities: by closed forms; which they are; a distillation."""
 
-import gc
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -19,35 +16,25 @@ from diffusers import (
 )
 
 import sim_core as sim
-from edm import distill_pixart, sample_pixart, train_teacher
-from edm.algorithm2 import Distiller
+from edm import sample_pixart, train_teacher
 from edm.config import TEACHERS, TEXT_DISTILLATIONS, TeacherTraining, TextDistillation, command_line, parse
 from edm.images.checkpoints import save
 from edm.images.networks import Generator
 from edm.images.sampler import latents
-from edm.quality import captions
 from edm.text import digits
 from edm.text.flow import CONFIG, FlowDenoiser, predictions_of, read_predictions
 from edm.text.pixart import Guided, without
 from edm.text.pixart_files import load_transformer
 from edm.text.sampler import flow_scheduler, teacher_sampler
-from tests.test_distill import quick, relative, same
-from tests.test_distill_pixart import SMALL, TINY, gradient, make_pipeline, record, task_of
+from tests import small_text
+from tests.common import start
+from tests.small import same, signal_at
+from tests.small_text import SMALL, assert_algorithm_2, make_pipeline, record
 from toy.files import UserError
 
+fast = small_text.fast
+
 VELOCITY = {"predicts": "velocity", "shift": 1.0, "timesteps": 1000}
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    """accelerate remembers the precision of the first Accelerator."""
-    AcceleratorState._reset_state()
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 class Exact(torch.nn.Module):
@@ -235,17 +222,11 @@ def test_commands_refuse_before_weights_are_read(here, case, pipeline, capsys):
 
 
 def distil(teacher, out, *more, **changes):
-    settings = TINY | dict(preset="flow-digits", teacher=teacher, out=out) | changes
-    words = [word for k, v in settings.items() for word in (f"--{k.replace('_', '-')}", str(v))]
-    try:
-        return command_line(distill_pixart.main, TextDistillation, "", [*words, *more], TEXT_DISTILLATIONS)
-    finally:
-        gc.collect()  # lets go of the run's folder
+    return small_text.run(*more, **dict(preset="flow-digits", teacher=teacher, out=out) | changes)
 
 
 def sample(**given):
-    words = [str(word) for k, v in (dict(device="cpu") | given).items() for word in (f"--{k}", v)]
-    return command_line(sample_pixart.main, sample_pixart.Settings, "", words)
+    return start(sample_pixart.main, sample_pixart.Settings, dict(device="cpu") | given)
 
 
 def velocity(net, x, t, cond):
@@ -260,22 +241,7 @@ def denoised(net, xt, s, cond):
 
 def test_gradients_of_a_step_are_those_of_algorithm_2(pipeline):
     levels = dict(sigma_mean=0.0, sigma_std=1.0, fake_sigma_mean=0.5, fake_sigma_std=1.0)
-    task, fresh = (task_of(pipeline, preset="flow-digits", **levels) for _ in range(2))
-    task.step(3)  # psi moves, then theta; fresh keeps both as they were
-    draw = {name: part[0] for name, part in fresh.draw(3, 0).items() if name != "levels"}
-    cond, theta = draw["cond"], fresh.generator.network.denoiser
-    start = torch.full((8, 1, 1, 1), 2.5, dtype=torch.float64)
-    x0 = denoised(theta, 2.5 * draw["z"].double(), start, cond)
-    s, still = draw["fake_sigma"].double().view(-1, 1, 1, 1), x0.detach()
-    error = denoised(fresh.fake.network, still + s * draw["fake_noise"], s, cond) - still
-    assert relative(task.gradients["fake"], gradient((error**2).sum() / 8, fresh.fake.network)) < 1e-6
-    s = draw["sigma"].double().view(-1, 1, 1, 1)
-    xt = x0 + s * draw["noise"]
-    d_psi, d_q = denoised(task.fake.network, xt, s, cond), denoised(fresh.teacher, xt, s, cond)
-    y = d_psi - d_q
-    slope = y / ((y**2).sum((1, 2, 3), keepdim=True) + task.cfg.c**2).sqrt()
-    loss = -(slope * (d_psi - x0)).sum() / 8
-    assert relative(task.gradients["generator"], gradient(loss, theta)) < 1e-6
+    assert_algorithm_2(pipeline, denoised, preset="flow-digits", **levels)
 
 
 def test_the_preset_draws_its_own_levels_unless_others_are_named():
@@ -287,26 +253,11 @@ def test_the_preset_draws_its_own_levels_unless_others_are_named():
     assert [getattr(cfg, name) for name in names] == [None, None, 0.5, 1]
 
 
-@pytest.fixture
-def fast(monkeypatch):
-    quick(monkeypatch.setattr)
-    for name in ("Reader", "compare"):
-        monkeypatch.setattr(captions, name, lambda *given: {})
-
-
 def test_a_stopped_run_resumes_and_its_student_is_read_by_velocity(here, pipeline, fast, monkeypatch, capsys):
-    step = Distiller.step
-
-    def stopped(self, n):
-        if n == 2:
-            os.kill(os.getpid(), 15)
-        return step(self, n)
-
     assert distil(pipeline, "whole") == 0
     assert "the teacher predicts velocities, trained at ln sigma ~ N(0.00, 1)" in capsys.readouterr().out
-    monkeypatch.setattr(Distiller, "step", stopped)
-    assert distil(pipeline, "cut") == 130
-    monkeypatch.setattr(Distiller, "step", step)
+    with signal_at(2):
+        assert distil(pipeline, "cut") == 130
     assert distil(pipeline, "cut", "--resume") == 0
     assert same(record("cut"), record("whole"))
     student, about = load_transformer("whole/generator.safetensors")

@@ -36,19 +36,26 @@ def plane():
 
 
 def images():
-    from tests import test_distill as t
+    from edm.config import PRESETS, TEACHERS
+    from tests import small as t
 
-    t.shrink()
+    t.quick()
+    PRESETS["digits"]["network"] = t.UNET
+    TEACHERS["digits"] = dict(steps=6, batch=8, lr=1e-3, every=16)
+    t.distill.compare = lambda *args: {}
     t.judge.classifier_features = lambda data, cache: t.Pixels()
     given = dict(teacher=None, data="digits", steps=6, evaluate_every=16)
     return lambda out: t.run("--resume", out=out, **given), t.record
 
 
 def text():
-    from tests import test_distill_pixart as t
+    from edm.config import TEACHERS
+    from tests import small_text as t
 
-    t.quick()
-    t.shrink()
+    t.small.quick()
+    t.digits.TRANSFORMER = t.SMALL
+    TEACHERS["pixart-digits"] = dict(steps=4, batch=8, lr=1e-3, every=16, vae_steps=2)
+    t.captions.Reader = t.captions.compare = lambda *given: {}
     return lambda out: t.run("--resume", out=out, teacher=None, steps=4), t.record
 
 

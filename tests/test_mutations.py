@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 OF_PARTS = (
     "test_latents or test_heun or test_generator or preconditioning or test_labels or dropout or pinned"
 )
+OF_RUNS = "promises or is_trained or average or log_has or chosen"
 OF_TEXT = (
     "moves_its_own or accumulation or algorithm_2 or captions_are or promises or bf16 or test_guidance"
     " or of_a_gaussian or of_its_training"
@@ -27,7 +28,7 @@ SUITES = {  # the tests that must notice: what breaks
     "test_steps_2d.py": PLANE,
     "test_toy.py": PLANE_PARTS,
     "test_steps_images.py": IMAGES,
-    "test_distill.py -k promises or is_trained or average or log_has or chosen": IMAGE_RUNS,
+    f"test_distill.py test_distill_runs.py -k {OF_RUNS}": IMAGE_RUNS,
     f"test_networks.py test_sample.py -k {OF_PARTS}": IMAGE_PARTS,
     f"test_distill_pixart.py test_pixart.py test_flow.py -k {OF_TEXT}": TEXT,
 }

@@ -21,8 +21,11 @@ from edm.text.joint import JointEncoder
 from edm.text.pixart import decode, encode
 from edm.text.pixart_files import load_transformer
 from edm.text.sampler import teacher_sampler
-from tests.test_flow import VELOCITY, distil, fast, fresh, here, sample  # noqa: F401, fixtures
+from tests import small_text
+from tests.test_flow import VELOCITY, distil, sample
 from toy.files import UserError
+
+fast = small_text.fast
 
 SD3 = dict(sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, out_channels=4,
            num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=16,

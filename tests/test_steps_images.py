@@ -8,7 +8,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from edm import distill, train_teacher
 from edm.config import MACHINE, TEACHERS, Distillation, TeacherTraining, command_line
@@ -99,12 +98,6 @@ def assert_last_matters(options, by_hand):
     if options:
         one, other = by_hand(options)[0], by_hand(dict([*options.items()][:-1]))[0]
         assert max(relative(a, b) for a, b in zip(one, other)) > 0.01
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    """accelerate remembers the precision of the first Accelerator."""
-    AcceleratorState._reset_state()
 
 
 # ----------------------------------------------------------------------------------------------
