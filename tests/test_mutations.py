@@ -24,7 +24,7 @@ OF_TEXT = (
     " or of_a_gaussian or of_its_training"
 )
 SUITES = {  # the tests that must notice: what breaks
-    "test_core.py": CORE,
+    "test_core.py test_core_numbers.py": CORE,
     "test_steps_2d.py": PLANE,
     "test_toy.py": PLANE_PARTS,
     "test_steps_images.py": IMAGES,
