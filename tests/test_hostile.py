@@ -14,7 +14,6 @@ import time
 import zipfile
 import zlib
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +27,8 @@ from edm.preference_study import read_answers, read_key
 from edm.quality.metrics import load_statistics
 from edm.text.pixart_files import load_transformer
 from edm.text.prompts import CaptionFile, read_prompts
-from tests.test_data import pixels, python_batch
+from tests.common import REFERENCE
+from tests.data_files import pixels, python_batch, raw_png
 from toy.files import UserError
 
 SECONDS, MEGABYTES = 5, 2000
@@ -83,29 +83,18 @@ def nested(names, depth):
 NETS = "ema", "state_dict", "model_ema", "model", "module", "params", "generator", "net", "network"
 LOAD = b"ctorch.storage\n_load_from_bytes\nq\1"
 MAKE = b"ccollections\nOrderedDict\nq\1"
+LIST = b"\x8c\x02abq\3](" + 10**5 * b"h\3"
+STORAGE = b"(X\x07\0\0\0storagectorch\nFloatStorage\n"
 PICKLES = {
     "a pair as a key": b"}" + PAIRS + b"Ns",
     "a pair in a set": b"\x8f(" + PAIRS + b"\x90",
     "a pair in a frozen set": b"(" + PAIRS + b"\x91",
     "a pair as a key of OrderedDict": MAKE + b"]" + PAIRS + b"N\x86a\x85R",
-    "a pair as a storage's key": b"(X\x07\0\0\0storagectorch\nFloatStorage\n"
-    + PAIRS
-    + b"X\x03\0\0\0cpuK\x01tQ",
+    "a pair as a storage's key": STORAGE + PAIRS + b"X\x03\0\0\0cpuK\x01tQ",
     "numbers of one hash": b"}(" + multiples(150_000) + b"u",
-    "a number hashed often": b"}\x8b"
-    + struct.pack("<I", 2**22)
-    + b"\1" * 2**22
-    + b"q\0("
-    + 10**5 * b"h\0N"
-    + b"u",
+    "a number hashed often": b"}\x8b" + NUMBER.replace(b"a", b"\1") + b"q\0(" + 10**5 * b"h\0N" + b"u",
     "a network under all names": nested(NETS, 100),
-    "a long list copied": b"\x8c\x02abq\3]("
-    + 10**5 * b"h\3"
-    + b"e\x85q\2"
-    + MAKE
-    + b"("
-    + 10**5 * b"h\1h\2R"
-    + b"l",
+    "a long list copied": LIST + b"e\x85q\2" + MAKE + b"(" + 10**5 * b"h\1h\2R" + b"l",
     "a long string as arguments": b"X" + WORD + b"q\2" + LOAD + b"(" + 10**5 * b"h\1h\2R" + b"l",
     "many names": b"(" + b"".join(b"ca\n%d\n" % i for i in range(10**6)) + b"l",
     "many opcodes": b"(" + 2**23 * b"\x8f" + b"l",
@@ -217,16 +206,11 @@ def test_a_storage_that_many_tensors_share(tmp_path):
 # Images.
 
 
-def chunk(kind, content):
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
 def black(size, more=b""):
     """A grey PNG of size x size, and bytes behind its end."""
     packer = zlib.compressobj(9)
     body = b"".join(packer.compress(bytes(size + 1)) for _ in range(size)) + packer.flush()
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", size, size, 8, 0, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", body) + chunk(b"IEND", b"") + more
+    return raw_png(size, size, 8, 0, body) + more
 
 
 def write_zip_of(path, files):
@@ -339,7 +323,7 @@ def seeds_of(folder):
         "a.npz": lambda path: load_statistics(path, 8),
         "test_batch": lambda path: load_images(path.parent, train=False),
     }  # fmt: skip
-    reference = Path(__file__).parents[1] / "shared/reference/edm/tiny_cond_vp.pkl"
+    reference = REFERENCE / "edm/tiny_cond_vp.pkl"
     if reference.exists():
         (folder / reference.name).write_bytes(reference.read_bytes())
         readers[reference.name] = checkpoints.load
