@@ -1,14 +1,21 @@
-"""Files in the form of EDM's .pkl, of networks of ours, by Python's own pickler and torch's own tensors."""
+"""Files in the form of EDM's .pkl, by Python's own pickler and torch's own tensors, of networks of ours."""
 
 import collections
 import pickle
+import resource
 import sys
 import types
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
+
+from edm.images.networks import ARCHITECTURES, EDMPrecond
+
+CONFIG = dict(img_resolution=4, img_channels=1, label_dim=3, model_channels=4, channel_mult=[1, 1],
+              num_blocks=1, attn_resolutions=[4], augment_dim=2) | ARCHITECTURES["ncsnpp"]  # fmt: skip
 
 
 class Reduced:
@@ -72,3 +79,49 @@ def snapshot(network, kwargs):
 def write_snapshot(path, network, kwargs):
     with edm_names(), open(path, "wb") as file:
         pickle.dump(snapshot(network, kwargs), file, protocol=4)
+
+
+def dump(content, path, protocol=4):
+    path.write_bytes(pickle.dumps(content, protocol=protocol))
+    return path
+
+
+def tiny(**changes):
+    torch.manual_seed(0)
+    network = EDMPrecond(**CONFIG | changes)
+    for p in network.parameters():
+        nn.init.normal_(p)
+    return network.eval()
+
+
+@pytest.fixture
+def content():
+    """The top level of such a file, and its network."""
+    network = tiny(sigma_data=0.7)
+    changes = dict(sigma_data=np.float64(0.7), use_fp16=False, model_type="SongUNet", sigma_min=0,
+                   sigma_max=float("inf"))  # fmt: skip
+    with edm_names():
+        yield snapshot(network, network.config | changes), network
+
+
+def assert_same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert [*a] == [*b]
+    for name in a:
+        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
+
+
+def assert_sound(network):
+    """What load promises of whatever it does not refuse."""
+    with torch.device("meta"):
+        expected = EDMPrecond(**network.config).state_dict()
+    found = network.state_dict()
+    assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in expected.items()}
+    assert all(v.dtype == torch.float32 and v.device.type == "cpu" for v in found.values())
+    assert all(v.isfinite().all() for v in found.values())
+    assert not network.training and not any(p.requires_grad for p in network.parameters())
+
+
+def peak_memory():
+    """Of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
