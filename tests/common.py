@@ -12,6 +12,7 @@ from edm.config import command_line
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT.parent / "shared" / "reference"
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def reference(name):
@@ -41,5 +42,4 @@ def spawn(*words, processes=1, **how):
     """Python with these words, in so many processes -> how it ended and what it said."""
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(several if processes > 1 else []), *map(str, words)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, **how)
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=600, **how)
