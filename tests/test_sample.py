@@ -1,9 +1,6 @@
 """Latents, Heun's sampler against closed forms, and edm/sample.py through its command line."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +9,13 @@ import torch
 from PIL import Image
 
 from edm import sample
-from edm.config import command_line
 from edm.images import checkpoints
 from edm.images.data import one_hot, to_uint8
 from edm.images.networks import EDMPrecond
 from edm.images.sampler import fixed_latents, heun, latents
 from edm.training import plots
+from tests.common import ROOT, reference, spawn, start, words_of
 from toy.files import UserError
-
-ROOT = Path(__file__).parents[1]
-REFERENCE = ROOT.parent / "shared" / "reference" / "edm"
-
 
 # ----------------------------------------------------------------------------------------------
 # Latents.
@@ -103,15 +96,6 @@ def test_one_step_of_heun_is_eulers_and_ends_at_the_denoised():
     assert torch.allclose(heun(law, z, 1), law(80 * z, torch.full((3,), 80.0)).double(), atol=1e-6)
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         heun(law, z, 0)
-
-
-@pytest.mark.parametrize("steps", [1, 2, 5])
-def test_evaluations_are_counted(steps):
-    network, calls = tiny(), []
-    network.register_forward_hook(lambda *call: calls.append(1))
-    sampler, evaluations = sample.make_sampler(network, {}, steps)
-    sampler(torch.randn(2, *network.shape), torch.eye(10)[:2])
-    assert len(calls) == evaluations == 2 * steps - 1
 
 
 def test_heun_passes_conditions_on():
@@ -195,7 +179,8 @@ def test_an_unconditional_network():
 def test_evaluations_per_image():
     network, calls = tiny(), []
     network.register_forward_hook(lambda *_: calls.append(1))
-    for about, steps, expected in (({}, 18, 35), ({}, 4, 7), ({"sigma_init": 2.5}, 18, 1)):
+    teacher = [({}, steps, 2 * steps - 1) for steps in (1, 2, 5, 18)]
+    for about, steps, expected in (*teacher, ({"sigma_init": 2.5}, 18, 1)):
         sampler, evaluations = sample.make_sampler(network, about, steps)
         calls.clear()
         list(sample.sample_batches(sampler, network, [0], 1))
@@ -220,8 +205,7 @@ def test_nan_is_an_error_that_names_the_seeds():
 
 
 @pytest.fixture
-def files(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def files(here):
     checkpoints.save("generator.safetensors", tiny(), sigma_init=2.5)
     checkpoints.save("teacher.safetensors", tiny())
     checkpoints.save("plain.safetensors", tiny(label_dim=0), sigma_init=2.5)
@@ -233,16 +217,14 @@ def files(tmp_path, monkeypatch):
     Path("empty").mkdir()
     Path("there.npz").touch()
     Path("dir.png").mkdir()
-    return tmp_path
+    return here
 
 
-def argv(**changes):
-    given = dict(network="generator.safetensors", out="out.npz", seeds="0-4", device="cpu") | changes
-    return [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+SETTINGS = dict(network="generator.safetensors", out="out.npz", seeds="0-4", device="cpu")
 
 
 def run(**changes):
-    return command_line(sample.main, sample.Settings, "test", argv(**changes))
+    return start(sample.main, sample.Settings, SETTINGS | changes)
 
 
 def expected(network, seeds, **how):
@@ -313,16 +295,12 @@ def test_bf16_is_another_precision(files):
 
 
 def test_released_pickle(files):
-    if not REFERENCE.exists():
-        pytest.skip("needs the reference .pkl files, which are not part of the repository")
-    assert run(network=REFERENCE / "tiny_cond_vp.pkl", steps=2) == 0
+    assert run(network=reference("edm/tiny_cond_vp.pkl"), steps=2) == 0
 
 
 def test_released_student(files, capsys):
     """Of other authors: the original code's images, one-step only where --sigma-init says so."""
-    path, vectors = REFERENCE / "sid_student.pkl", REFERENCE / "sid_student.npz"
-    if not path.exists():
-        pytest.skip("needs the reference .pkl files, which are not part of the repository")
+    path, vectors = reference("edm/sid_student.pkl"), reference("edm/sid_student.npz")
     network, _ = checkpoints.load(path)
     with np.load(vectors) as file:
         z, labels, want = (torch.from_numpy(file[name]) for name in ("z", "class_labels", "images"))
@@ -406,13 +384,8 @@ def test_several_processes_want_a_folder(files, capsys, monkeypatch):
     assert run() == 2 and "out.npz: 2 processes write into a folder only" in capsys.readouterr().err
 
 
-def shell(*command):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
-
-
 def test_as_a_script_and_never_overwriting(files, capsys):
-    done = shell(str(ROOT / "edm/sample.py"), *argv())
+    done = spawn(ROOT / "edm/sample.py", *words_of(SETTINGS))
     assert done.returncode == 0 and done.stdout.endswith("wrote 5 images to out.npz\n"), done.stderr
     before = Path("out.npz").read_bytes()
     assert run() == 2 and "out.npz: exists already, and nothing is overwritten" in capsys.readouterr().err
@@ -421,10 +394,9 @@ def test_as_a_script_and_never_overwriting(files, capsys):
 
 @pytest.mark.slow
 def test_two_processes_make_the_images_of_one(files):
-    script = str(ROOT / "edm/sample.py")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for launcher, out in (([], "one"), (torchrun, "two")):
-        done = shell(*launcher, script, *argv(out=out, seeds="0-20"))
+    for processes, out in ((1, "one"), (2, "two")):
+        settings = SETTINGS | dict(out=out, seeds="0-20")
+        done = spawn(ROOT / "edm/sample.py", *words_of(settings), processes=processes)
         assert done.returncode == 0 and done.stdout.count("wrote 21 images") == 1, done.stderr
     one, two = ({p.name: p.read_bytes() for p in Path(out).rglob("*.png")} for out in ("one", "two"))
     assert one == two and len(one) == 21
