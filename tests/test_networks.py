@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,19 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from edm.images.networks import ARCHITECTURES, Block, Conv2d, EDMPrecond, Generator, SongUNet
+from tests.common import reference
 
-REFERENCE = Path(__file__).parents[2] / "shared" / "reference" / "edm"
 VECTORS = ["tiny_uncond_vp", "tiny_cond_vp", "tiny_uncond_ve", "tiny_cond_ve", "tiny_gray8"]
 VECTORS += ["full_uncond_vp", "full_cond_ve"]
 SMALL = dict(img_resolution=8, img_channels=3, model_channels=8, channel_mult=(1, 2), num_blocks=1,
              attn_resolutions=(4,), augment_dim=9)  # fmt: skip
 CIFAR10 = dict(img_resolution=32, img_channels=3, channel_mult=(2, 2, 2), augment_dim=9, dropout=0.13)
-
-
-def reference(name):
-    if not (REFERENCE / name).exists():
-        pytest.skip(f"needs the reference vectors of the original network: no {REFERENCE / name}")
-    return REFERENCE / name
 
 
 def fill(network, seed):
@@ -61,7 +54,7 @@ def error(a, b):
 
 def original(name):
     """Our network with the weights of a reference file, and that file's arrays as tensors."""
-    file = np.load(reference(f"{name}.npz"))
+    file = np.load(reference(f"edm/{name}.npz"))
     config = json.loads(str(file["kwargs"]))
     assert config.pop("model_type") == "SongUNet" and not config.pop("use_fp16")
     network = EDMPrecond(**config).eval()
@@ -108,7 +101,7 @@ def test_labels_and_sigma_may_be_left_out_or_shared(name):
     "name, arch, label_dim", [("uncond_vp", "ddpmpp", 0), ("cond_ve", "ncsnpp", 10)], ids=["vp", "ve"]
 )
 def test_names_and_shapes_of_the_original(name, arch, label_dim):
-    lines = reference(f"keys_{name}.txt").read_text().splitlines()
+    lines = reference(f"edm/keys_{name}.txt").read_text().splitlines()
     with torch.device("meta"):
         network = EDMPrecond(**CIFAR10, **ARCHITECTURES[arch], label_dim=label_dim)
     assert [f"{k}\t{list(v.shape)}" for k, v in network.state_dict().items()] == lines

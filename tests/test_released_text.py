@@ -12,7 +12,6 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, PixArtAlphaPipeline, PixArtTransformer2DModel
 from PIL import Image
-from test_pixart_files import make_pipeline, random_
 
 from edm import sample_pixart
 from edm.config import command_line
@@ -24,6 +23,7 @@ from edm.images.sampler import latents
 from edm.text.pixart import PixArtDenoiser, decode
 from edm.text.pixart_files import load_transformer, load_vae
 from edm.text.prompts import TextEncoder
+from tests.pixart import make_pipeline, random_
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT.parent / "shared/reference/pixart"

@@ -1,10 +1,7 @@
 """edm/sample_pixart.py through its command line: which image is whose, and what is refused."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -13,10 +10,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtAlphaPipeline
 from PIL import Image
-from test_pixart_files import make_pipeline, tiny
 
 from edm import sample_pixart
-from edm.config import command_line
 from edm.images import foreign
 from edm.images.checkpoints import save
 from edm.images.data import to_uint8
@@ -26,9 +21,10 @@ from edm.text import sampler
 from edm.text.pixart import PixArtDenoiser, sigma_of_t
 from edm.text.pixart_files import load_transformer
 from edm.text.prompts import TextEncoder
+from tests.common import ROOT, spawn, start, words_of
+from tests.pixart import make_pipeline, tiny
 from toy.files import UserError
 
-ROOT = Path(__file__).parents[1]
 PROMPTS = ["a red fox", "the blue boat", "in the snow, a fox"]
 
 
@@ -58,21 +54,13 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def here(folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def argv(folder, **changes):
-    given = dict(student=folder / "student.safetensors", prompts=folder / "prompts.txt", seeds="3,7",
-                 out="out", device="cpu") | changes  # fmt: skip
-    words = [(f"--{name.replace('_', '-')}", value) for name, value in given.items() if value is not None]
-    return [str(word) for pair in words for word in pair if word is not True]
+def settings(folder, **changes):
+    return dict(student=folder / "student.safetensors", prompts=folder / "prompts.txt", seeds="3,7",
+                out="out", device="cpu") | changes  # fmt: skip
 
 
 def run(folder, **changes):
-    return command_line(sample_pixart.main, sample_pixart.Settings, "test", argv(folder, **changes))
+    return start(sample_pixart.main, sample_pixart.Settings, settings(folder, **changes))
 
 
 def pictures(out):
@@ -297,15 +285,12 @@ def test_several_processes_are_refused(folder, here, capsys, monkeypatch):
 
 
 def test_as_a_script(folder, here):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    script = [sys.executable, str(ROOT / "edm" / "sample_pixart.py")]
-    bad = subprocess.run(
-        [*script, *argv(folder, sigma_init=9)], capture_output=True, text=True, env=environment
-    )
+    script = ROOT / "edm/sample_pixart.py"
+    bad = spawn(script, *words_of(settings(folder, sigma_init=9)))
     assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and not bad.stdout, bad.stderr
-    help = subprocess.run([*script, "--help"], capture_output=True, text=True, env=environment)
+    help = spawn(script, "--help")
     assert help.returncode == 0 and "--sigma-init" in help.stdout
-    good = subprocess.run([*script, *argv(folder)], capture_output=True, text=True, env=environment)
+    good = spawn(script, *words_of(settings(folder)))
     assert good.returncode == 0 and good.stdout.endswith("wrote 6 images to out\n"), good.stderr
 
 
@@ -313,5 +298,5 @@ def test_importing_the_script_does_not_import_diffusers():
     code = (
         "import sys, edm.sample_pixart; print([m for m in ('diffusers', 'transformers') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = spawn("-c", code, cwd=ROOT)
     assert done.stdout == "[]\n", done.stderr

@@ -5,23 +5,21 @@ import math
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from test_pixart_files import make_pipeline, tiny
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from edm import evaluate, sample_pixart
-from edm.config import command_line
 from edm.images.checkpoints import save
 from edm.quality.text_metrics import Clip, clip_score, load_aesthetic
+from tests.common import ROOT, spawn, start, words_of
+from tests.pixart import make_pipeline, tiny
+from tests.snapshots import Reduced
 from toy.files import UserError
 
-ROOT = Path(__file__).parents[1]
 PROMPTS = ["a red fox", "the blue boat", "in the snow, a fox", "a boat", "the red snow"]
 WIDTH, PIXELS, LONGEST = 16, 12, 24
 LETTERS = "abcdefghijklmnopqrstuvwxyz.,"
@@ -156,16 +154,11 @@ def test_aesthetic_takes_the_released_sizes(tmp_path):
     assert load_aesthetic(tmp_path / "large.pth", 768)(torch.ones(2, 768)).shape == (2, 1)
 
 
-class Code:
-    def __reduce__(self):
-        return os.mkdir, ("executed",)
-
-
 HEADS = {
     "missing": (None, "No such file"),
     "text": (b"no head", "not a readable pickle"),
     "cut": (lambda content: content[: len(content) // 2], "not a readable pickle"),
-    "code": ({"layers.0.weight": Code()}, "might be code"),
+    "code": ({"layers.0.weight": Reduced(os.mkdir, "executed")}, "might be code"),
     "list": ([1.0], "holds no tensors by name"),
     "one layer too many": (head() | {"layers.8.bias": torch.zeros(1)}, r"unknown tensor layers\.8\.bias"),
     "one too few": ({k: v for k, v in head().items() if k != "layers.6.bias"}, r"tensor layers\.6\.bias"),
@@ -241,20 +234,13 @@ def test_wrong_clips_are_refused_in_one_line(folder, tmp_path, case):
 # evaluate.py --prompts.
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def argv(folder, **changes):
-    given = dict(student=folder / "student.safetensors", prompts=folder / "prompts.txt",
-                 clip=folder / "clip", aesthetic=folder / "head.pth", steps=3, batch=2) | changes  # fmt: skip
-    return [str(word) for k, v in given.items() if v is not None for word in (f"--{k.replace('_', '-')}", v)]
+def settings(folder, **changes):
+    return dict(student=folder / "student.safetensors", prompts=folder / "prompts.txt",
+                clip=folder / "clip", aesthetic=folder / "head.pth", steps=3, batch=2) | changes  # fmt: skip
 
 
 def run(folder, **changes):
-    return command_line(evaluate.main, evaluate.Settings, "test", argv(folder, **changes))
+    return start(evaluate.main, evaluate.Settings, settings(folder, **changes))
 
 
 def drawn_by_sample_pixart(folder, clip):
@@ -310,10 +296,9 @@ def test_a_student_of_others_takes_the_sigma_init_that_is_given(folder, here, ca
     assert "give its --sigma-init" in capsys.readouterr().err
     found = []
     for name, more in (("alone", {}), ("foreign", dict(sigma_init=2.5)), ("foreign", dict(sigma_init=1.0))):
-        assert (
-            run(folder, student=folder / f"{name}.safetensors", out=f"{len(found)}.json", **more, **how) == 0
-        )
-        found.append(json.loads(Path(f"{len(found)}.json").read_text("utf-8"))["student"]["clip_score"])
+        more |= dict(student=folder / f"{name}.safetensors", out=f"{len(found)}.json")
+        assert run(folder, **more, **how) == 0
+        found.append(json.loads(Path(more["out"]).read_text("utf-8"))["student"]["clip_score"])
     assert found[0] == found[1] != found[2]
 
 
@@ -379,8 +364,7 @@ def test_wrong_inputs_end_with_code_2_and_one_line(folder, here, capsys, case):
 def test_as_a_command_an_error_is_one_line_though_transformers_would_say_more(folder, here):
     bad = shutil.copytree(folder / "clip", here / "bad")
     deeper(bad / "config.json")
-    command = [sys.executable, str(ROOT / "edm/evaluate.py"), *argv(folder, clip=bad)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = spawn(ROOT / "edm/evaluate.py", *words_of(settings(folder, clip=bad)))
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     words = "its CLIPModel cannot be loaded (missing tensors"
     assert done.stderr.startswith(f"evaluate.py: error: {bad}: {words}")
@@ -389,11 +373,8 @@ def test_as_a_command_an_error_is_one_line_though_transformers_would_say_more(fo
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 6])
 def test_processes_give_the_numbers_of_one(folder, here, processes):
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    for launcher, out in (([], "one.json"), (torchrun, "many.json")):
-        command = [sys.executable, *launcher, str(ROOT / "edm/evaluate.py"), *argv(folder, out=out)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
+    for count, out in ((1, "one.json"), (processes, "many.json")):
+        done = spawn(ROOT / "edm/evaluate.py", *words_of(settings(folder, out=out)), processes=count)
         assert done.returncode == 0, done.stderr
     one, many = (json.loads(Path(name).read_text("utf-8")) for name in ("one.json", "many.json"))
     assert many["run"]["processes"] == processes and one["run"]["processes"] == 1
