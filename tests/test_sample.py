@@ -65,8 +65,7 @@ class Gaussian:
         return (self.std**2 * x + variance * self.mean) / (self.std**2 + variance)
 
     def solution(self, z, sigma_max=80.0):
-        end = self.mean + (sigma_max * z.double() - self.mean) * self.std / np.hypot(self.std, sigma_max)
-        return end
+        return self.mean + (sigma_max * z.double() - self.mean) * self.std / np.hypot(self.std, sigma_max)
 
 
 def error(steps, **how):
@@ -194,8 +193,7 @@ def test_impossible_sigma_init(sigma_init):
 
 
 def test_nan_is_an_error_that_names_the_seeds():
-    network = tiny()
-    batches = sample.sample_batches(lambda z, class_labels: z * float("nan"), network, range(7, 20), 10)
+    batches = sample.sample_batches(lambda z, class_labels: z * float("nan"), tiny(), range(7, 20), 10)
     with pytest.raises(UserError, match="seeds 7 to 16: the images contain NaN"):
         next(batches)
 
