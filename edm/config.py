@@ -4,6 +4,8 @@ import argparse
 import dataclasses
 from dataclasses import dataclass
 
+from torch import distributed
+
 import sim_core as sim
 from toy.command import Parser, add_options, at_least, check_ranges, option, run, sigma_sampler, surrogate
 
@@ -282,4 +284,12 @@ def parse(cls, description, argv=None, presets=None):
 
 def command_line(main, cls, description, argv=None, presets=None):
     """Parse, run main(cfg), return the exit code: 2 and one line for a wrong input."""
-    return run(lambda: main(parse(cls, description, argv, presets)))
+
+    def work():
+        code = main(parse(cls, description, argv, presets))
+        if distributed.is_available() and distributed.is_initialized():  # all leave together, threads ended:
+            distributed.barrier()  # a process that exits in the middle of another's last words may abort
+            distributed.destroy_process_group()
+        return code
+
+    return run(work)
