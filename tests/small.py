@@ -193,6 +193,17 @@ def signal_at(step, number=signal.SIGTERM):
         yield
 
 
+def assert_refused(run, words, here, capsys):
+    """words, with "--teacher=" for none: one line and code 2, and here nothing is other than before -> what
+    stdout and stderr have."""
+    files = lambda: {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in here.rglob("*")}
+    before, none = files(), {"teacher": None} if "--teacher=" in words else {}
+    assert run(*words.replace("--teacher=", "").split(), out="new", **none) == 2
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and "error: " in err and files() == before
+    return out, err
+
+
 def record(out, load=checkpoints.load):
     """What must not depend on interruptions: the log but for time and memory, and all weights."""
     rows = list(csv.DictReader((Path(out) / "log.csv").read_text().splitlines()))

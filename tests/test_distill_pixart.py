@@ -21,7 +21,14 @@ from edm.text.pixart import PixArtDenoiser
 from edm.training.trainee import generator_of
 from tests import small_text
 from tests.by_hand import flat, relative
-from tests.small import Watch, assert_each_update_moves_its_own, assert_rows_close, same, signal_at
+from tests.small import (
+    Watch,
+    assert_each_update_moves_its_own,
+    assert_refused,
+    assert_rows_close,
+    same,
+    signal_at,
+)
 from tests.small_text import GUIDED, SMALL, assert_algorithm_2, gradients, record, run, task_of
 from toy.files import UserError
 from toy.folder import Folder
@@ -273,13 +280,7 @@ WRONG = {  # words on the command line -> in the message
 def test_wrong_inputs_are_refused_in_one_line_and_leave_no_trace(words, here, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")  # of which only runs tell
-    files = lambda: {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in here.rglob("*")}
-    before = files()
-    given, none = words.replace("--teacher=", ""), {"teacher": None} if "--teacher=" in words else {}
-    assert run(*given.split(), out="new", **none) == 2
-    err = capsys.readouterr().err
-    assert WRONG[words] in err and err.count("\n") == 1 and "error: " in err
-    assert files() == before
+    assert WRONG[words] in assert_refused(run, words, here, capsys)[1]
 
 
 def test_no_memory_is_told_before_anything_is_trained(here, capsys, monkeypatch, tmp_path):

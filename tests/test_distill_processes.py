@@ -53,17 +53,36 @@ assert t.run("--resume", out="fsdp", teacher=sys.argv[1], sharding="fsdp", steps
 """
 
 
-def in_two(folder, code, *words):
-    """Run the code, there -> what the two printed."""
-    (folder / "two.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + code)
-    done = spawn("two.py", *words, processes=2, cwd=folder)
+def in_processes(count, folder, code, *words):
+    """Run the code, there -> what they printed."""
+    (folder / "code.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + code)
+    done = spawn("code.py", *words, processes=count, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
+GROUP = """
+import atexit
+from torch import distributed
+from edm.config import TeacherTraining, command_line
+atexit.register(lambda: print("at the end:", distributed.is_initialized()))
+def main(cfg):
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+for _ in range(2):
+    command_line(main, TeacherTraining, "", [])
+    print("after a command:", distributed.is_initialized())
+"""
+
+
+def test_a_process_ends_its_group_when_it_exits_and_not_before(tmp_path):
+    said = in_processes(1, tmp_path, GROUP)
+    assert said == "after a command: True\n" * 2 + "at the end: False\n"
+
+
 @pytest.mark.slow
 def test_two_processes_compute_what_one_does(folder, pixels, tmp_path):
-    said = in_two(tmp_path, TWO, folder / "teacher.safetensors")
+    said = in_processes(2, tmp_path, TWO, folder / "teacher.safetensors")
     assert said.count("finished after 3 steps") == 1
     (found, weights), (other, others) = (torch.load(tmp_path / f"rank{i}.pt") for i in (0, 1))
     assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
@@ -80,7 +99,7 @@ def test_two_processes_compute_what_one_does(folder, pixels, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_compute_what_one_does_whole_or_sharded(pipeline, fast, tmp_path):
-    assert "going on from step 4" in in_two(tmp_path, TWO_OF_TEXT, pipeline)
+    assert "going on from step 4" in in_processes(2, tmp_path, TWO_OF_TEXT, pipeline)
     ranks = [torch.load(tmp_path / f"rank{i}.pt") for i in (0, 1)]
     for (sharding, micro_batch, share), found in ranks[0].items():
         expected = small_text.gradients(pipeline, share=share, **GUIDED)

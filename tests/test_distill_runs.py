@@ -23,7 +23,20 @@ from edm.training.run import Run
 from edm.training.trainee import make_accelerator
 from tests import small
 from tests.by_hand import flat
-from tests.small import SCORED, TINY, UNET, config, quick, record, run, same, signal_at, task_of, teacher_task
+from tests.small import (
+    SCORED,
+    TINY,
+    UNET,
+    assert_refused,
+    config,
+    quick,
+    record,
+    run,
+    same,
+    signal_at,
+    task_of,
+    teacher_task,
+)
 from toy.folder import Folder
 
 folder, here, pixels = small.folder, small.here, small.pixels  # fixtures
@@ -328,10 +341,5 @@ WRONG = {  # words on the command line -> in the message
 @pytest.mark.parametrize("words", WRONG)
 def test_wrong_inputs_are_refused_in_one_line_and_leave_no_trace(words, here, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    files = lambda: {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in here.rglob("*")}
-    before = files()
-    given, none = words.replace("--teacher=", ""), {"teacher": None} if "--teacher=" in words else {}
-    assert run(*given.split(), out="new", **none) == 2
-    out, err = capsys.readouterr()
-    assert WRONG[words] in err and err.count("\n") == 1 and "error: " in err and not out
-    assert files() == before
+    out, err = assert_refused(run, words, here, capsys)
+    assert WRONG[words] in err and not out

@@ -221,8 +221,10 @@ def test_the_same_prompt_twice_has_images_of_both(folder, here):
 
 
 def test_export(folder, here, capsys):
+    foreign.tell.cache_clear()
     assert run(folder, out=None, export="pipe") == 0
-    assert capsys.readouterr().out == "wrote pipe\n"
+    note = f"{folder}/student.safetensors: the teacher that it notes is {folder}/teacher\n"
+    assert capsys.readouterr().out == f"{note}wrote pipe\n"
     pipe = PixArtAlphaPipeline.from_pretrained("pipe")
     z, _ = latents([3], (4, 8, 8))
     image = pipe(PROMPTS[0], latents=z, num_inference_steps=1, guidance_scale=1.0, output_type="np",
