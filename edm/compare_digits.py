@@ -5,6 +5,7 @@
     python edm/compare_digits.py --task text --arms b3 --steps 900 # B.3's levels, and weight 1 of which loss
     python edm/compare_digits.py --task text --arms levels         # means and widths of log-normal levels
     python edm/compare_digits.py --arms start                      # sigma_init
+    python edm/compare_digits.py --seeds 1 --first-seed 7           # another seed than 0, 1, 2
     python edm/compare_digits.py --jobs 0                          # train nothing, report on what there is
 
 An arm is the digits preset of distill.py or, with captions, of distill_pixart.py, shorter, with the settings
@@ -107,11 +108,12 @@ def parse_args(argv=None):
     add("--task", choices=TASKS, default="image", help="digits, or digits with captions (default image)")
     add("--arms", nargs="+", default=["figure2"], choices=[*GROUPS, *ARMS], metavar="ARM",
         help=f"groups, {', '.join(GROUPS)}, or arms of edm/quality/arms.py (default figure2)")  # fmt: skip
-    add("--seeds", type=int, within="many", default=3, help="how many, from 0 on (default %(default)s)")
+    add("--seeds", type=int, within="many", default=3, help="how many (default %(default)s)")
     add("--steps", type=int, within="count", help="of every distillation (default 300; text: 400)")
     add("--teacher-steps", type=int, within="count", help="of every teacher (default: the preset's)")
     behind = "behind every score (default %(default)s)"
     add("--samples", type=int, within=command.at_least(LEAST_IMAGES), default=1797, help=behind)
+    add("--first-seed", type=int, within="seed", default=0, help="(default 0)")
     workers = "worker processes of one thread each; 0: only report (default: as many as cores)"
     add("--jobs", type=int, within="threads", default=os.cpu_count(), help=workers)
     add("--out", help="folder of the study (default out/edm/study; text: out/edm/study-text)")
@@ -129,7 +131,7 @@ def plan(args):
     """{(arm, seed): settings}, {seed: TeacherTraining}.  UserError for what no run can have."""
     out, task, common = Path(args.out), TASKS[args.task], dict(threads=1, resume=True, keep=1)
     preset, teachers, students = task.preset, {}, {}
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         given = TEACHERS[preset] | common | dict(preset=preset, seed=seed)
         given |= dict(steps=args.teacher_steps) if args.teacher_steps else {}
         teachers[seed] = TeacherTraining(**given, out=str(out / f"teacher-{seed}"))
@@ -248,15 +250,16 @@ def rows_of(students, teachers):
 
 def report(args, students, teachers):
     """Write study.csv, study.md and study.png from the records there are; return `final`'s numbers."""
-    out, rows = Path(args.out), rows_of(students, teachers)
+    out, rows, first = Path(args.out), rows_of(students, teachers), args.first_seed
     if not {row["arm"] for row in rows} > {"teacher"}:
         raise UserError(f"nothing is recorded in {out} for these settings")
-    floor = json.loads(scores_path(teachers[0]).read_text())["floor_fd"]
+    floor = json.loads(scores_path(teachers[first]).read_text())["floor_fd"]
     write_rows(out / "study.csv", rows)
     found = final(rows)
     with replacing(out / "study.md") as path:
-        path.write_text(table(found, floor, args, teachers[0].steps))
-    folders = {"teacher": teachers[0].out} | {arm: c.out for (arm, seed), c in students.items() if seed == 0}
+        path.write_text(table(found, floor, args, teachers[first].steps))
+    folders = {"teacher": teachers[first].out}
+    folders |= {arm: c.out for (arm, seed), c in students.items() if seed == first}
     looks = {arm: looks for arm, folder in folders.items() if (looks := read_looks(folder))}
     pictures = {arm: [*seen.values()][-1][TASKS[args.task].ten] for arm, seen in looks.items()}
     with replacing(out / "study.png") as path:

@@ -93,7 +93,7 @@ def draw_pictures(ax, found, pictures):
         if arm in pictures:
             strip = np.concatenate([*pictures[arm]], 2).transpose(1, 2, 0)
             ax.imshow(strip.squeeze(), cmap="gray", extent=(0, 1, y + 0.46, y - 0.46), vmin=0, vmax=255)
-    ax.set(xlim=(0, 1), aspect="auto", xticks=[], xlabel="seed 0, the same ten latents")
+    ax.set(xlim=(0, 1), aspect="auto", xticks=[], xlabel="the first seed, the same latents")
     ax.set(ylim=(len(found) - 0.5, -0.5), yticks=[])
 
 
