@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
+from edm.config import DEVICE
+from edm.device import find_device
 from edm.images import checkpoints
 from edm.images.data import load_fitting, load_images, one_hot, to_network
 from edm.images.networks import per_sample
@@ -46,6 +48,7 @@ class Settings:
     images: int = option(None, "samples per noise level (default: by their size, 8 to 256)", within="many")
     seconds: float = option(120.0, "after which the search for what is wrong begins nothing more",
                             within="positive")  # fmt: skip
+    device: str = option("cpu", "where the denoiser computes; FILE.py gets tensors there", DEVICE[2])
     threads: int = option(1, "CPU threads; 0: torch's choice", within="threads")
 
 
@@ -67,14 +70,17 @@ class Teacher:
     cond: dict | None = None
     other: dict | None = None
     guided: Any = None
+    device: str = "cpu"  # the denoiser's; all that is here is on the CPU
 
     def raw(self, x, sigma, n=None, cond=None, denoiser=None):
         """What it says of float32 x (B, *shape), sigma (B,); row i goes with sample i modulo n."""
         cond, index = self.cond if cond is None else cond, torch.arange(len(x))
-        rows = {k: v[index % min(n or len(x), len(v))] for k, v in (cond or {}).items()}
-        sigma = per_sample(sigma, x.float()).contiguous()
+        rows = {k: v[index % min(n or len(x), len(v))].to(self.device) for k, v in (cond or {}).items()}
+        xt = x.float().to(self.device)
+        sigma = per_sample(sigma, xt).contiguous()
         try:
-            return (denoiser or self.denoiser)(x.float(), sigma, **rows)
+            said = (denoiser or self.denoiser)(xt, sigma, **rows)
+            return said.cpu() if torch.is_tensor(said) else said
         except Exception as error:  # anything: it is somebody's program
             words = " ".join(f"{type(error).__name__}: {error}".split())[:150]
             raise checks.Broken(f"it raises at sigma {sigma[0]:.3g}: {words}") from error
@@ -181,10 +187,13 @@ def verify(teacher):
     teacher.cond = {name: rows[order] for name, rows in (teacher.cond or {}).items()}
 
 
-def load(path, data):
-    if path.endswith(".py"):
-        return from_python(path, data)
-    return from_images(path, data) if Path(path).is_file() else from_pipeline(path, data)
+def load(path, data, device):
+    network = from_images if Path(path).is_file() else from_pipeline
+    teacher = (from_python if path.endswith(".py") else network)(path, data)
+    if isinstance(teacher.denoiser, torch.nn.Module):
+        teacher.denoiser.to(device)
+    teacher.device = device
+    return teacher
 
 
 # --- The picture.
@@ -232,7 +241,7 @@ def main(argv=None):
         check_writable(cfg.out)
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
-        teacher = load(path, cfg.data)
+        teacher = load(path, cfg.data, find_device(cfg.device))
         verdicts, drawn = checks.check(teacher, cfg.images, cfg.seconds)
         for verdict in verdicts:
             print(verdict)

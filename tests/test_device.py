@@ -16,9 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sim_core as sim
-from edm import device, distill
+from edm import check_teacher, device, distill
 from edm.algorithm2 import Distiller
+from edm.images import checkpoints
 from edm.images.data import Images
+from edm.images.networks import EDMPrecond
 from edm.images.sampler import heun
 from edm.quality import metrics
 from edm.text.pixart import PixArtDenoiser, sigma_of_t
@@ -186,3 +188,15 @@ def test_levels_in_float32_choose_the_same_steps(monkeypatch):
 def test_where_bf16_is_slow(kind, capability, slow, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert device.slow_in_bf16(kind) == slow
+
+
+def test_a_checked_teacher_computes_where_it_is_told(tmp_path):
+    net = EDMPrecond(img_resolution=8, img_channels=1, model_channels=8, channel_mult=(1,), num_blocks=1)
+    checkpoints.save(tmp_path / "t.safetensors", net)
+    teacher = check_teacher.load(str(tmp_path / "t.safetensors"), None, "meta")
+    assert next(teacher.denoiser.parameters()).is_meta and teacher.device == "meta"
+    seen = []
+    teacher.denoiser = lambda *given, **cond: seen.extend([*given, *cond.values()]) or torch.zeros(3, 1, 8, 8)
+    teacher.cond = {"a": torch.ones(2, 1)}
+    assert teacher.said(torch.ones(3, 1, 8, 8), 1.0).device.type == "cpu"
+    assert [x.device.type for x in seen] == ["meta"] * 3
