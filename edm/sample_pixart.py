@@ -107,7 +107,7 @@ def save_folder(cfg, batches):
     """Single PNGs, as they come."""
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"text": text}, ensure_ascii=False) for _, text in find_prompts(cfg.prompts)]
-    (Path(cfg.out) / "prompts.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    (Path(cfg.out) / "prompts.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")
     for name, pairs, images in batches:
         for ((number, _), seed), image in zip(pairs, images):
             ending = "" if name == "student" else f"-{name}"
