@@ -157,6 +157,16 @@ def test_signals_are_heard_once_and_given_back(number):
     assert signal.getsignal(number) is before
 
 
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with command.stop_on_signal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_whatever_writes_raises_one_kind_of_error_and_leaves_nothing(tmp_path):
     import safetensors
 

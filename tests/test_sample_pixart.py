@@ -190,6 +190,11 @@ def test_sheet_has_the_words_above_each_row(folder, here):
     assert len([*here.rglob("*")]) == 2
 
 
+def test_a_prompt_that_a_c_locale_has_read():
+    assert sampler.find_prompts(" Faberg\udcc3\udca9") == [(0, "Fabergé")]
+    assert sampler.find_prompts("Fabergé \udcff") == [(0, "Fabergé \N{REPLACEMENT CHARACTER}")]
+
+
 def test_rows_of_the_sheet(folder, here, monkeypatch):
     rows = []
     monkeypatch.setattr(sample_pixart, "sheet", lambda found: rows.extend(found) or Image.new("RGB", (4, 4)))

@@ -197,7 +197,9 @@ def stop_on_signal():
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C means it
         received.append(number)
 
-    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+    numbers, hangup = {signal.SIGINT, signal.SIGTERM}, getattr(signal, "SIGHUP", signal.SIGTERM)
+    if signal.getsignal(hangup) != signal.SIG_IGN:  # as nohup has it, which outlives its terminal
+        numbers.add(hangup)
     try:
         before = {number: signal.signal(number, handler) for number in numbers}
     except ValueError:  # not in the main thread: signals are somebody else's
