@@ -108,7 +108,7 @@ def parse_args(argv=None):
     add("--task", choices=TASKS, default="image", help="digits, or digits with captions (default image)")
     add("--arms", nargs="+", default=["figure2"], choices=[*GROUPS, *ARMS], metavar="ARM",
         help=f"groups, {', '.join(GROUPS)}, or arms of edm/quality/arms.py (default figure2)")  # fmt: skip
-    add("--seeds", type=int, within="many", default=3, help="how many (default %(default)s)")
+    add("--seeds", type=int, within="seeds", default=3, help="how many (default %(default)s)")
     add("--steps", type=int, within="count", help="of every distillation (default 300; text: 400)")
     add("--teacher-steps", type=int, within="count", help="of every teacher (default: the preset's)")
     behind = "behind every score (default %(default)s)"
@@ -154,7 +154,7 @@ def read_scores(cfg):
     """{"settings": ..., "status": ..., "scores": {step: numbers}} of a run that ended, or None."""
     path = scores_path(cfg)
     try:
-        record = json.loads(path.read_text()) if path.exists() else None
+        record = json.loads(path.read_text("utf-8")) if path.exists() else None
     except ValueError:
         raise UserError(f"{path} is damaged; remove {cfg.out}, and its run will be repeated") from None
     if record and any(record["settings"].get(k) != v for k, v in recorded(cfg).items()):
@@ -207,7 +207,7 @@ def judged_student(cfg):
     pictures, looks = parts.pictures(run, task), read_looks(cfg.out)
     path, record = scores_path(cfg), {"settings": recorded(cfg), "status": "training", "scores": {}}
     if path.exists():
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text("utf-8"))
 
     def picture(step):
         if step % (cfg.every // cfg.batch) and step != cfg.steps:
@@ -253,11 +253,11 @@ def report(args, students, teachers):
     out, rows, first = Path(args.out), rows_of(students, teachers), args.first_seed
     if not {row["arm"] for row in rows} > {"teacher"}:
         raise UserError(f"nothing is recorded in {out} for these settings")
-    floor = json.loads(scores_path(teachers[first]).read_text())["floor_fd"]
+    floor = json.loads(scores_path(teachers[first]).read_text("utf-8"))["floor_fd"]
     write_rows(out / "study.csv", rows)
     found = final(rows)
     with replacing(out / "study.md") as path:
-        path.write_text(table(found, floor, args, teachers[first].steps))
+        path.write_text(table(found, floor, args, teachers[first].steps), "utf-8")
     folders = {"teacher": teachers[first].out}
     folders |= {arm: c.out for (arm, seed), c in students.items() if seed == first}
     looks = {arm: looks for arm, folder in folders.items() if (looks := read_looks(folder))}

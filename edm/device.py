@@ -14,15 +14,23 @@ from torch.overrides import TorchFunctionMode
 from toy.files import UserError
 
 WITHOUT_FLOAT64 = {"mps"}
+TORCHRUN = "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR"
+THEIRS = "ACCELERATE_", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"  # how these begin
 
 
 def processes():
-    """How many torchrun has started, this one among them.  UserError for half of its variables."""
-    names = [name for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT") if os.environ.get(name)]
-    several = os.environ.get("WORLD_SIZE", "1")
-    if not several.isdecimal() or int(several) < 1 or (int(several) > 1 and len(names) < 4):
-        found = f"WORLD_SIZE {several!r}, and of torchrun's other variables {', '.join(names) or 'none'}"
-        raise UserError(f"{found}: unset it, or start with torchrun")
+    """How many torchrun has started, this one among them.  UserError for half of its variables.  What else
+    accelerate would follow, MPI's too, is named and taken away."""
+    if theirs := sorted(name for name in os.environ if name.startswith(THEIRS)):
+        print(f"ignored, what decides is here: {', '.join(theirs)}", file=sys.stderr)
+        for name in theirs:
+            del os.environ[name]
+    found = {name: os.environ[name] for name in TORCHRUN if name in os.environ}
+    rank, several = found.get("RANK", "0"), found.get("WORLD_SIZE", "1")
+    numbers = all(value.isdecimal() for name, value in found.items() if name != "MASTER_ADDR")
+    whole = all(map(found.get, TORCHRUN)) and numbers and int(rank) < int(several)
+    if not whole and ("LOCAL_RANK" in found or several != "1"):
+        raise UserError(f"of torchrun's variables there are {found}: unset them, or start with torchrun")
     return int(several)
 
 

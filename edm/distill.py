@@ -117,7 +117,7 @@ def finish(cfg, accelerator, run, task, parts):
     log = Path(parts.path).with_name("metrics.json")
     trained = not cfg.teacher and log.exists()
     metrics = {"preset": cfg.preset, "seed": cfg.seed, "steps": cfg.steps, "status": "finished",
-               "teacher_seconds": json.loads(log.read_text())["seconds"] if trained else 0.0,
+               "teacher_seconds": json.loads(log.read_text("utf-8"))["seconds"] if trained else 0.0,
                "distill_seconds": run.history[-1]["seconds"]}  # fmt: skip
     metrics |= parts.finish(run, task, run.path / "generator.safetensors")
     if run.first:

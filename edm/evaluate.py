@@ -225,7 +225,7 @@ def main(cfg):
         print(table(result) if cfg.prompts is None else text_table(result))
         with replacing(cfg.out) as temporary:
             entries = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in result.items())
-            temporary.write_text("{\n" + ",\n".join(entries) + "\n}\n")
+            temporary.write_text("{\n" + ",\n".join(entries) + "\n}\n", "utf-8")
         print(f"wrote {cfg.out}")
 
 

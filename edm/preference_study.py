@@ -95,7 +95,7 @@ def build(args):
         folder.mkdir()
         record = {"study": write_study(folder, args.title, pairs), "a": str(args.folder_a)}
         record |= {"b": str(args.folder_b), "pairs": [dict(prompt=p, a=x, b=y) for p, (x, y) in pairs]}
-        temporary_key.write_text(json.dumps(record, indent=1) + "\n")
+        temporary_key.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
         folder.rename(out)
     print(f"wrote {out}, {len(pairs)} pairs, for the participants, and {key}, for you alone")
 

@@ -40,7 +40,7 @@ from edm.text.pixart_files import caption_kind, find_pipeline, load_transformer,
 from edm.text.pretrained import quiet
 from edm.text.sampler import draw, find_prompts, make_encode, teacher_sampler
 from edm.training import plots
-from toy.command import check_ranges, option
+from toy.command import at_least, check_ranges, option
 from toy.files import UserError, check_new, replacing
 
 
@@ -55,9 +55,8 @@ class Settings:
     out: str = option(None, "NAME.png, or a folder")
     teacher: str = option(None, "draw the teacher's images as well (the one that the student notes)",
                           nargs="?", const="", metavar="FOLDER")  # fmt: skip
-    steps: int = option(
-        20, "of the teacher's sampler: DPM-Solver++, or of a velocity its own scheduler's", within="count"
-    )
+    steps: int = option(20, "of the teacher's sampler: DPM-Solver++, or of a velocity its own scheduler's",
+                        within=at_least(1)._replace(high=999))  # fmt: skip  # more repeat a level: NaN
     guidance: float = option(4.5, "scale of the teacher's classifier-free guidance", within="count")
     pipeline: str = option(
         None, "tokenizer, text encoder and VAE (default: the noted teacher's)", metavar="FOLDER"
@@ -107,7 +106,7 @@ def save_folder(cfg, batches):
     """Single PNGs, as they come."""
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"text": text}, ensure_ascii=False) for _, text in find_prompts(cfg.prompts)]
-    (Path(cfg.out) / "prompts.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    (Path(cfg.out) / "prompts.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")
     for name, pairs, images in batches:
         for ((number, _), seed), image in zip(pairs, images):
             ending = "" if name == "student" else f"-{name}"

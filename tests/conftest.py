@@ -1,9 +1,12 @@
 """The tests of edm/ need edm/requirements.txt; without it they are left out, and the summary says so."""
 
 import os
+import signal
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two workers of two threads would fight
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup, where commands would be deaf to it
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 from importlib.util import find_spec
 

@@ -157,6 +157,16 @@ def test_signals_are_heard_once_and_given_back(number):
     assert signal.getsignal(number) is before
 
 
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with command.stop_on_signal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_whatever_writes_raises_one_kind_of_error_and_leaves_nothing(tmp_path):
     import safetensors
 
@@ -197,15 +207,26 @@ def test_a_lock_is_one_process_s(tmp_path, monkeypatch, capsys):
     assert "no locks on this file system" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("value", ["x", "", "2", "-1"])
-def test_half_of_torchrun_s_variables(value, monkeypatch):
+WHOLE = dict(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", MASTER_PORT="1", MASTER_ADDR="h")
+
+
+@pytest.mark.parametrize("given", [
+    {"WORLD_SIZE": "x"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "-1"}, {"LOCAL_RANK": "0"},
+    WHOLE | {"RANK": "x"}, WHOLE | {"RANK": "2"}, WHOLE | {"MASTER_PORT": ""},
+    WHOLE | {"MASTER_ADDR": ""}])  # fmt: skip
+def test_half_of_torchrun_s_variables(given, monkeypatch):
     from edm.device import processes
 
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in WHOLE:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("WORLD_SIZE", value)
-    with pytest.raises(files.UserError, match=r"WORLD_SIZE .*start with torchrun"):
+    assert processes() == 1
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(files.UserError, match=r"there are {'.*start with torchrun"):
         processes()
+    for name, value in WHOLE.items():
+        monkeypatch.setenv(name, value)
+    assert processes() == 2
 
 
 def test_accelerate_s_variables_decide_nothing(monkeypatch, capsys):
@@ -218,10 +239,14 @@ def test_accelerate_s_variables_decide_nothing(monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     accelerator = make_accelerator(config())
     assert accelerator.gradient_accumulation_steps == 1 and accelerator.state.deepspeed_plugin is None
     AcceleratorState._reset_state(True)
-    assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS, ACCELERATE_USE_DEEPSPEED" in capsys.readouterr().err
+    assert (
+        "GRADIENT_ACCUMULATION_STEPS, ACCELERATE_USE_DEEPSPEED, OMPI_COMM_WORLD_SIZE\n"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

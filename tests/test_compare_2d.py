@@ -199,6 +199,7 @@ def test_the_arms_of_figure_2_exist():
     ("--arms l3", "invalid choice: 'l3'"),
     ("--targets moon", "invalid choice: 'moon'"),
     ("--seeds 0", "--seeds must be at least 1"),
+    ("--seeds 1001", "--seeds must be at most 1,000"),
     ("--steps 0", "steps must be at least 1"),
     ("--jobs=-1", "--jobs must be 0 or more"),
     ("--jobs 0", "nothing is recorded"),

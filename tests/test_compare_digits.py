@@ -141,6 +141,7 @@ def test_medians_are_of_the_last_scores_and_curves_of_all():
 @pytest.mark.parametrize("words, message", [
     ("--arms ddim", "invalid choice: 'ddim'"),
     ("--seeds 0", "--seeds must be at least 1"),
+    ("--seeds 1001", "--seeds must be at most 1,000"),
     ("--jobs=-1", "--jobs must be 0 or more"),
     ("--samples 4", "--samples must be at least 5"),
     ("--steps 0", "--steps must be at least 1"),

@@ -1,5 +1,6 @@
 """Data sets: what each kind of file gives, pixels and labels."""
 
+import os
 import pickle
 from pathlib import Path
 
@@ -122,6 +123,25 @@ def test_a_hidden_file_beside_mnist_or_of_a_wrong_folder(tmp_path, capsys):
     assert load_images(write_pngs(tmp_path / "d", files)).labels is None
     path = write_pngs(tmp_path / "e", {"__MACOSX/0.png": b"", ".0.png": b""})
     fails(path, "there are no images in it")
+
+
+def test_names_of_windows_and_forks_of_other_systems(tmp_path, capsys):
+    images, path = pixels(3, 4, 4), tmp_path / "d.zip"
+    files = {f"set/{name}": content for name, content in edm_files(images, [2, 0, 1]).items()}
+    files |= {"set/@eaDir/a.png/THUMB.png": b"", "set/.a.png": b""}
+    write_pngs(path, {name.replace("/", "\\"): content for name, content in files.items()})
+    same(path, images[:, None], [2, 0, 1])
+    assert capsys.readouterr().err == f"{path}: 2 hidden files skipped\n"
+
+
+def test_what_is_neither_file_nor_folder_is_told_and_never_waited_for(tmp_path, capsys):
+    path = write_pngs(tmp_path / "d", edm_files(images := pixels(2, 4, 4)))
+    for name, to in {"a.png": "nothing", "more": "00000"}.items():
+        (path / name).symlink_to(to)
+    os.mkfifo(path / "b.png")
+    same(path, images[:, None], None)
+    assert "d: 3 skipped, links" in capsys.readouterr().err
+    fails(path / "b.png", "a device, or the like")
 
 
 # --- pixels and labels ---------------------------------------------------------------------------

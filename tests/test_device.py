@@ -37,8 +37,8 @@ from toy.files import UserError
 def test_device_that_is_meant(here, processes, wanted, found, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in here)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in here)
-    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, str(processes))
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, str(processes - ("RANK" in name)))
     if found.startswith("--"):
         with pytest.raises(UserError, match=found):
             device.find_device(wanted)

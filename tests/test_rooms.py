@@ -60,3 +60,12 @@ def test_rooms_are_no_commands():
     for path in ROOT.glob("edm/*.py"):
         if path.stem not in ("__init__", "algorithm2", "example_teacher", *BESIDE):
             assert '__name__ == "__main__"' in path.read_text(), path
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: "/".join(name_of(path)))
+def test_text_files_are_utf_8(path):
+    """The linter sees only those of which it knows that they are a Path's."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("read_text", "write_text"):
+            given = [*node.args, *(word.value for word in node.keywords)]
+            assert any(getattr(one, "value", "") == "utf-8" for one in given), f"line {node.lineno}"

@@ -377,8 +377,8 @@ def test_no_gpu(files, capsys):
 
 
 def test_several_processes_want_a_folder(files, capsys, monkeypatch):
-    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "2")
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, str(2 - ("RANK" in name)))
     assert run() == 2 and "out.npz: 2 processes write into a folder only" in capsys.readouterr().err
 
 

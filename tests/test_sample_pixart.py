@@ -190,6 +190,11 @@ def test_sheet_has_the_words_above_each_row(folder, here):
     assert len([*here.rglob("*")]) == 2
 
 
+def test_a_prompt_that_a_c_locale_has_read():
+    assert sampler.find_prompts(" Faberg\udcc3\udca9") == [(0, "Fabergé")]
+    assert sampler.find_prompts("Fabergé \udcff") == [(0, "Fabergé \N{REPLACEMENT CHARACTER}")]
+
+
 def test_rows_of_the_sheet(folder, here, monkeypatch):
     rows = []
     monkeypatch.setattr(sample_pixart, "sheet", lambda found: rows.extend(found) or Image.new("RGB", (4, 4)))
@@ -257,6 +262,7 @@ WRONG = {  # what is changed -> what is said
     "seeds": (dict(seeds="0-x"), "--seeds: '0-x' is neither a seed nor a range"),
     "batch": (dict(batch=0), "--batch must be at least 1, got 0"),
     "steps": (dict(steps=0), "--steps must be at least 1, got 0"),
+    "too many steps": (dict(steps=1000), "--steps must be at most 999, got 1000"),
     "guidance": (dict(guidance=float("nan")), "--guidance must be at least 1, got nan"),
     "file exists": (dict(out="there.png"), "{there.png}: exists already, and nothing is overwritten"),
     "folder in use": (dict(out="full"), "{full}: exists already"),
@@ -280,8 +286,8 @@ def test_wrong_inputs_end_with_code_2_and_one_line(folder, here, capsys, case):
 
 
 def test_several_processes_are_refused(folder, here, capsys, monkeypatch):
-    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "6")
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, str(6 - ("RANK" in name)))
     assert run(folder) == 2 and not [*here.iterdir()]
     assert "6 processes would draw the same images" in capsys.readouterr().err
 

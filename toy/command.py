@@ -34,6 +34,7 @@ RANGES = {
     "count": Range(1, math.inf, "at least 1"),
     "some": Range(0, math.inf, "0 or more"),
     "many": Range(1, 10**6, "at least 1"),  # of what is held in memory at once
+    "seeds": Range(1, 1000, "at least 1"),  # of a study, whose plan is held in memory
     "threads": Range(0, 1024, "0 or more"),
     "seed": Range(0, 2**63 - 9, "0 or more"),  # what torch takes, and those beside it
     "positive": Range(0, math.inf, "positive", "low high"),
@@ -197,7 +198,9 @@ def stop_on_signal():
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C means it
         received.append(number)
 
-    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+    numbers, hangup = {signal.SIGINT, signal.SIGTERM}, getattr(signal, "SIGHUP", signal.SIGTERM)
+    if signal.getsignal(hangup) != signal.SIG_IGN:  # as nohup has it, which outlives its terminal
+        numbers.add(hangup)
     try:
         before = {number: signal.signal(number, handler) for number in numbers}
     except ValueError:  # not in the main thread: signals are somebody else's

@@ -93,7 +93,7 @@ def parse_args(argv=None):
         help="of %(choices)s (default: all)")  # fmt: skip
     add("--targets", nargs="+", default=["ring", "grid", "letters"], choices=TARGETS, metavar="TARGET",
         help="of %(choices)s (default: ring grid letters)")  # fmt: skip
-    add("--seeds", type=int, within="many", default=3, help="how many: 0 to SEEDS - 1 (default %(default)s)")
+    add("--seeds", type=int, within="seeds", default=3, help="how many: 0 to SEEDS - 1 (default %(default)s)")
     updates = "generator updates of every run (default %(default)s)"
     add("--steps", type=int, within="count", default=1500, help=updates)
     workers = "worker processes of one thread each; 0: only report (default: as many as cores)"
@@ -158,7 +158,7 @@ def run_one(cfg):
         record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
     if record["status"] != "interrupted":
         with replacing(record_of(cfg)) as path:
-            path.write_text(json.dumps(record) + "\n")
+            path.write_text(json.dumps(record) + "\n", "utf-8")
     shutil.rmtree(cfg.out, ignore_errors=True)
 
 
@@ -195,7 +195,7 @@ def train(configs, jobs):
 
 def read_record(cfg):
     try:
-        return json.loads(record_of(cfg).read_text())
+        return json.loads(record_of(cfg).read_text("utf-8"))
     except ValueError:
         raise UserError(f"{record_of(cfg)} is damaged; remove it, and its run will be repeated") from None
 
@@ -210,7 +210,7 @@ def report(args, configs):
     write_rows(out / "study.csv", rows)
     commits = {r["metrics"]["versions"]["commit"] or "unknown" for r in records.values() if "metrics" in r}
     with replacing(out / "study.md") as path:
-        path.write_text(table(summary, args.steps, commits))
+        path.write_text(table(summary, args.steps, commits), "utf-8")
     with replacing(out / "study.png") as path:
         figure_of(summary, records, GROUPS).savefig(path, dpi=90)
     print(f"{len(rows)} of {len(configs)} runs; look at {out}/study.png, study.md and study.csv")

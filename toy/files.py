@@ -61,8 +61,10 @@ def replacing(path):
 
 @contextmanager
 def naming(path):
-    """Turn every error into a UserError of one line that names the file."""
+    """Turn every error into a UserError of one line that names the file.  A pipe could wait for ever."""
     try:
+        if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+            raise UserError("a device, or the like")
         yield
     except Exception as error:  # damaged bytes can raise nearly anything
         reason = str(error)

@@ -45,13 +45,14 @@ def mode_metrics(x, target):
     mode_weight_error  total variation between the modes' weights and the samples' shares, each
                        sample counted for its nearest component: 0 best, 1 worst
     """
+    x, modes = x.to(target.means), target.modes.unique(return_inverse=True)[1]  # whatever their numbers
     distance = distances(x, target.means) / target.stds.clamp_min(1e-30)  # a point has none
     nearest = distance.masked_fill(target.weights == 0, math.inf).min(1)
-    n_modes = int(target.modes.max()) + 1
-    share = torch.bincount(target.modes[nearest.indices], minlength=n_modes).to(x) / len(x)
-    close = target.modes[nearest.indices[nearest.values <= 3]]
+    n_modes = int(modes.max()) + 1
+    share = torch.bincount(modes[nearest.indices], minlength=n_modes).to(x) / len(x)
+    close = modes[nearest.indices[nearest.values <= 3]]
     good = torch.bincount(close, minlength=n_modes).to(x) / len(x)
-    weights = x.new_zeros(n_modes).index_add_(0, target.modes, target.weights)
+    weights = x.new_zeros(n_modes).index_add_(0, modes, target.weights)
     return {
         "high_quality": good.sum().item(),
         "modes_covered": int(((good >= 0.1 * weights) & (weights > 0)).sum()),

@@ -17,8 +17,10 @@ FITTING = (0.05, 5.0)  # data_std for which the noise levels here, 0.002 to 80, 
 
 
 def per_sample(sigma, xt):
-    """sigma, a number or a tensor of one or of B, as (B,) for xt (B, D)."""
-    sigma = sigma if torch.is_tensor(sigma) else xt.new_tensor(sigma)
+    """sigma, a number or a tensor of one or of B, as (B,) for xt (B, D), in its type."""
+    if not xt.is_floating_point():
+        raise ValueError(f"xt must be floating-point, got {xt.dtype}")
+    sigma = torch.as_tensor(sigma, dtype=xt.dtype, device=xt.device)
     if sigma.numel() not in (1, len(xt)):
         raise ValueError(f"sigma must be a number or ({len(xt)},), got {tuple(sigma.shape)}")
     return sigma.reshape(-1).expand(len(xt))
@@ -54,10 +56,10 @@ class Mixture:
                 raise ValueError(f"{name} must be {rule}, got {value[bad][0].item():g}")
         if modes.is_floating_point():
             raise ValueError(f"modes must be integers, got {modes.dtype}")
-        total = weights.cpu().double().sum().to(**like)
-        if not 0 < total < math.inf:
+        exact = weights.cpu().double()
+        if not 0 < (total := exact.sum()) < math.inf:
             raise ValueError(f"weights must add up to more than 0, got {total.item()}")
-        vars(self).update(means=means, stds=stds, weights=weights / total, modes=modes.long())
+        vars(self).update(means=means, stds=stds, weights=(exact / total).to(**like), modes=modes.long())
 
     def _posterior(self, xt, sigma):
         """At sigma: component variances, unnormalised log posteriors, (B, K), and m_k - xt, (B, K, D)."""

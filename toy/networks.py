@@ -32,7 +32,7 @@ class Denoiser(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, xt, sigma):
-        s = per_sample(sigma, xt)[:, None] if torch.is_tensor(sigma) else xt.new_full((1, 1), sigma)
+        s = per_sample(sigma, xt if torch.is_tensor(sigma) else xt[:1])[:, None]
         c_in = (s.square() + self.sigma_data**2).rsqrt()
         ratio = self.sigma_data * c_in
         h = c_in * xt
@@ -99,7 +99,7 @@ def vp_weight(sigma):
 
     A score in VP coordinates is sqrt(1 + sigma^2) times the EDM one, and g^2 = beta_t.
     """
-    sigma = torch.as_tensor(sigma)
+    sigma = 1.0 * torch.as_tensor(sigma)
     t = torch.searchsorted(vp_sigmas().to(sigma), sigma.contiguous()).clamp_max(VP_STEPS - 1)
     beta = vp_betas().to(sigma)[t]
     return VP_STEPS * beta * (1 + sigma**2) / sigma**4

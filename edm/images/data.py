@@ -25,7 +25,7 @@ from edm.images.safe_pickle import InertUnpickler, Record
 from toy.files import UserError, naming
 
 MAX_IMAGES = 2**20  # in an IDX file: far above any data set meant here, far below what a bomb announces
-HIDDEN = re.compile(r"(^|/)(__MACOSX/|\.[^/])")  # a path below a folder: Macs leave such files everywhere
+HIDDEN = re.compile(r"(^|/)(__MACOSX/|@eaDir/|\.[^/])")  # what Macs and Synology's disks leave everywhere
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,10 @@ def visible(source, sizes):
 
 def load_folder(folder, train, resolution):
     with naming(folder):
-        sizes = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+        found = [p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()]
+        sizes = {p.relative_to(folder).as_posix(): p.stat().st_size for p in found if p.is_file()}
+    if odd := len(found) - len(sizes):
+        tell(f"{folder}: {odd} skipped, links to folders or to nothing, or the like")
     files = visible(folder, sizes)
     if any(file.startswith(("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")) for file in files):
         return load_mnist(folder, "train" if train else "t10k")
@@ -199,9 +202,12 @@ def load_zip(path, resolution):
     with naming(path):
         archive = zipfile.ZipFile(path)
     with archive:  # if a size is a lie, zipfile refuses it
-        sizes = {member.filename: member.file_size for member in archive.infolist()}
-        sizes = {name: size for name, size in sizes.items() if not name.endswith("/")}
-        return load_pngs(path, visible(path, sizes), path.stat().st_size, archive.read, resolution)
+        members = {
+            member.filename.replace("\\", "/"): member for member in archive.infolist()
+        }  # Windows' too
+        sizes = {name: member.file_size for name, member in members.items() if not name.endswith("/")}
+        read = lambda name: archive.read(members[name])
+        return load_pngs(path, visible(path, sizes), path.stat().st_size, read, resolution)
 
 
 # Pixels, labels and what the networks take.

@@ -43,8 +43,10 @@ def write_pipeline(transformer, sigma_init, folder, out):
             shutil.copytree(folder / part, new / part, copy_function=link)
         transformer.save_pretrained(new / "transformer")
         scheduler.save_pretrained(new / "scheduler")
-        (new / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        (new / "README.md").write_text(CARD.format(name=out.name, sigma_init=sigma_init, t=t))
+        (new / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+        (new / "README.md").write_text(
+            CARD.format(name=out.name, sigma_init=sigma_init, t=t), "utf-8", "replace"
+        )
         new.rename(out)
 
 

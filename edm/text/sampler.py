@@ -137,4 +137,5 @@ def find_prompts(text):
         return list(enumerate(read_prompts(text)))
     if not text.strip():
         raise UserError("--prompts is empty")
-    return list(enumerate(FIGURE3 if text == "figure3" else [text.strip()]))
+    letters = text.strip().encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # of a C locale, too
+    return list(enumerate(FIGURE3 if text == "figure3" else [letters]))

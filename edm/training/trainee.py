@@ -6,8 +6,6 @@ depends neither on the number of processes nor on interruptions, and there is no
 
 import contextlib
 import math
-import os
-import sys
 
 import numpy as np
 import torch
@@ -23,10 +21,6 @@ from toy.files import UserError
 def make_accelerator(cfg):
     """One code path for a CPU, a GPU, and torchrun over several of either."""
     kind = find_device(cfg.device)
-    if theirs := [name for name in os.environ if name.startswith("ACCELERATE_")]:
-        print(f"ignored, what decides is here: {', '.join(sorted(theirs))}", file=sys.stderr)
-        for name in theirs:
-            del os.environ[name]
     if cfg.precision == "fp16" and kind != "cuda":
         raise UserError("--precision fp16 is for GPUs with CUDA; others take bf16")
     if cfg.threads:
