@@ -108,7 +108,7 @@ def parse_args(argv=None):
     add("--task", choices=TASKS, default="image", help="digits, or digits with captions (default image)")
     add("--arms", nargs="+", default=["figure2"], choices=[*GROUPS, *ARMS], metavar="ARM",
         help=f"groups, {', '.join(GROUPS)}, or arms of edm/quality/arms.py (default figure2)")  # fmt: skip
-    add("--seeds", type=int, within="many", default=3, help="how many (default %(default)s)")
+    add("--seeds", type=int, within="seeds", default=3, help="how many (default %(default)s)")
     add("--steps", type=int, within="count", help="of every distillation (default 300; text: 400)")
     add("--teacher-steps", type=int, within="count", help="of every teacher (default: the preset's)")
     behind = "behind every score (default %(default)s)"

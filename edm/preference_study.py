@@ -29,7 +29,7 @@ from scipy.stats import binomtest
 from edm.images.foreign import read_json
 from edm.text.prompts import read_prompts
 from toy import command
-from toy.files import UserError, check_new, naming, replacing
+from toy.files import UserError, check_apart, check_new, naming, replacing
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 DATE = 946_684_800  # the year 2000; zip files know none before 1980
@@ -200,8 +200,7 @@ def figure(key, rows):
 def tally(args):
     for path in filter(None, (args.out, args.figure)):
         check_new(path)
-    if args.out and args.figure and args.out.absolute() == args.figure.absolute():
-        raise UserError(f"{args.out}: --out and --figure are one file")
+    check_apart(args.out, args.figure)
     key, everyone, seen = read_key(args.key), [], {}
     for path in args.answers:
         participant, votes = read_answers(path, key)

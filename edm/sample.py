@@ -40,9 +40,7 @@ class Settings:
                           required=True, metavar="FILE")  # fmt: skip
     out: str = option(None, "NAME.png, NAME.npz, or a folder", required=True)
     seeds: str = option("0-63", "one image for each, such as 0-63,100")
-    steps: int = option(
-        None, "a teacher's Heun steps (default 18): 2 * steps - 1 evaluations", within="count"
-    )
+    steps: int = option(None, "a teacher's Heun steps (default 18): 2 * steps - 1 evaluations", within="many")
     sigma_init: float = option(None, SIGMA_INIT, metavar="SIGMA", within="positive")
     labels: int = option(None, "class of all images (default: drawn by each seed)", metavar="CLASS")
     batch: int = option(64, "images made before any is written; does not change them", within="many")

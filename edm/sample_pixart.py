@@ -41,7 +41,7 @@ from edm.text.pretrained import quiet
 from edm.text.sampler import draw, find_prompts, make_encode, teacher_sampler
 from edm.training import plots
 from toy.command import check_ranges, option
-from toy.files import UserError, check_new, replacing
+from toy.files import UserError, check_apart, check_new, replacing
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Settings:
     teacher: str = option(None, "draw the teacher's images as well (the one that the student notes)",
                           nargs="?", const="", metavar="FOLDER")  # fmt: skip
     steps: int = option(
-        20, "of the teacher's sampler: DPM-Solver++, or of a velocity its own scheduler's", within="count"
+        20, "of the teacher's sampler: DPM-Solver++, or of a velocity its own scheduler's", within="many"
     )
     guidance: float = option(4.5, "scale of the teacher's classifier-free guidance", within="count")
     pipeline: str = option(
@@ -107,7 +107,7 @@ def save_folder(cfg, batches):
     """Single PNGs, as they come."""
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"text": text}, ensure_ascii=False) for _, text in find_prompts(cfg.prompts)]
-    (Path(cfg.out) / "prompts.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    (Path(cfg.out) / "prompts.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")
     for name, pairs, images in batches:
         for ((number, _), seed), image in zip(pairs, images):
             ending = "" if name == "student" else f"-{name}"
@@ -122,6 +122,7 @@ def check(cfg):
         raise UserError("nothing to do: give --out, for images, or --export")
     for path in filter(None, (cfg.out, cfg.export)):
         check_new(path, folder=path == cfg.out and kind_of(path) == "folder")
+    check_apart(cfg.out, cfg.export)
     find_device(cfg.device)
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 import sim_core as sim
-from toy.files import UserError, check_writable
+from toy.files import UserError, check_apart, check_ours, check_writable
 
 
 class Range(NamedTuple):
@@ -31,9 +31,10 @@ class Range(NamedTuple):
 
 
 RANGES = {
-    "count": Range(1, math.inf, "at least 1"),
-    "some": Range(0, math.inf, "0 or more"),
+    "count": Range(1, 10**15, "at least 1"),
+    "some": Range(0, 10**15, "0 or more"),
     "many": Range(1, 10**6, "at least 1"),  # of what is held in memory at once
+    "seeds": Range(1, 1000, "at least 1"),
     "threads": Range(0, 1024, "0 or more"),
     "seed": Range(0, 2**63 - 9, "0 or more"),  # what torch takes, and those beside it
     "positive": Range(0, math.inf, "positive", "low high"),
@@ -160,11 +161,12 @@ def parse_report(description, argv, picture, mark, **help):
     add("--json", **path, metavar="FILE", help="write every number here too")
     add("--out", default=Path("out"), **path, metavar="DIR", help="folder of the figure (default out)")
     args = parser.parse_args(argv)
-    for file in filter(None, (args.out / picture, args.json)):
-        check_writable(file)
-        file.parent.mkdir(parents=True, exist_ok=True)
-    if args.json and args.json.exists() and f'"{mark}"' not in args.json.read_text("utf-8", "replace"):
-        raise UserError(f"{args.json}: exists already, and is no report of this command; choose another name")
+    check_apart(args.json, args.out / picture)
+    check_writable(args.out / picture)
+    if args.json:
+        check_ours(args.json, f'"{mark}"')
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
     return args
 
 

@@ -93,7 +93,7 @@ def parse_args(argv=None):
         help="of %(choices)s (default: all)")  # fmt: skip
     add("--targets", nargs="+", default=["ring", "grid", "letters"], choices=TARGETS, metavar="TARGET",
         help="of %(choices)s (default: ring grid letters)")  # fmt: skip
-    add("--seeds", type=int, within="many", default=3, help="how many: 0 to SEEDS - 1 (default %(default)s)")
+    add("--seeds", type=int, within="seeds", default=3, help="how many: 0 to SEEDS - 1 (default %(default)s)")
     updates = "generator updates of every run (default %(default)s)"
     add("--steps", type=int, within="count", default=1500, help=updates)
     workers = "worker processes of one thread each; 0: only report (default: as many as cores)"

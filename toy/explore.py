@@ -20,7 +20,7 @@ import torch
 
 from toy import command, plots
 from toy.config import Config
-from toy.files import UserError, check_writable, naming, replacing
+from toy.files import UserError, check_ours, naming, replacing
 from toy.folder import Folder
 from toy.logbook import N_LOG
 from toy.metrics import SIGMAS, energy_floor, mean_distance
@@ -108,10 +108,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     out = Path(args.out or Path(args.folders[0]) / "explore.html")
     text = page(args.folders)
+    check_ours(out, 'content="toy/explore.py"')
     out.parent.mkdir(parents=True, exist_ok=True)
-    check_writable(out)
-    if out.exists() and 'content="toy/explore.py"' not in out.read_text("utf-8", errors="replace")[:500]:
-        raise UserError(f"{out} is something else, and is not written over; choose another --out")
     with replacing(out) as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(f"{out}: {len(text) / 1e6:.1f} MB; open it in a browser")

@@ -3,6 +3,7 @@
 import csv
 import errno
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -36,15 +37,16 @@ def remove(path):
 
 @contextmanager
 def replacing(path):
-    """Yield a neighbour to write to, file or folder, then rename it: nobody, not even after a crash, meets
+    """Yield a new neighbour to write to, file or folder, then rename it: nobody, even after a crash, meets
     half of it.  OSError of one line, naming the path, whatever the writer's library raises for a full disk.
     """
     path = Path(path)
     temporary = path.with_name("tmp-" + path.name)
+    while os.path.lexists(temporary):  # somebody's, or a killed process's: outside a run's folder, who knows
+        temporary = temporary.with_name("tmp-" + temporary.name)
     try:
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise FileExistsError(errno.EEXIST, "a device, or the like")
-        remove(temporary)  # a killed process was writing it
         yield temporary
         if temporary.is_file():
             with open(temporary, "rb+") as file:
@@ -103,10 +105,29 @@ def check_writable(path):
 
 
 def check_new(path, folder=False):
-    """Raise UserError if it exists: nothing is overwritten.  folder: an empty one may be there."""
+    """Raise UserError if it exists: nothing is overwritten; or cannot be made.  folder: an empty one may be
+    there."""
     path = Path(path)
-    if path.exists() and not (folder and path.is_dir() and not any(path.iterdir())):
+    empty = folder and path.is_dir() and not any(path.iterdir())
+    if os.path.lexists(path) and not empty:
         raise UserError(f"{path}: exists already, and nothing is overwritten; choose another name")
+    check_writable(path / "a" if empty else path)
+
+
+def check_ours(path, mark):
+    """Raise UserError unless a file can be written there, over one of ours at most: those have this mark."""
+    check_writable(path)
+    if Path(path).exists():
+        with open(path, "rb") as file:
+            if mark.encode() not in file.read(2**20):
+                raise UserError(f"{path} is something else, and is not written over; choose another name")
+
+
+def check_apart(*paths):
+    """Raise UserError if one of them is another, or lies in it; None is no path."""
+    for a, b in itertools.permutations(filter(None, paths), 2):
+        if Path(a).resolve().is_relative_to(Path(b).resolve()):
+            raise UserError(f"{a}: what is written to {b} takes this place; choose another name")
 
 
 def digest(path):

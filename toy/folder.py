@@ -55,12 +55,12 @@ class Folder:
             self.lock = lock(self.path / LOCK)
             if holds(self.path, self.settings) and not (resume or again):
                 raise UserError(f"{self.path} holds this run already; --resume goes on with it")
+            for leftover in [*self.path.glob("tmp-*"), *self.checkpoints.glob("tmp-*")]:
+                remove(leftover)
             write_json(self.path / "config.json", self.settings)
             if not resume:
                 remove(self.checkpoints)
             self.checkpoints.mkdir(exist_ok=True)
-            for leftover in [*self.path.glob("tmp-*"), *self.checkpoints.glob("tmp-*")]:
-                remove(leftover)
         except OSError as error:
             raise UserError(f"cannot use {self.path} as a run's folder: {error}") from None
 
