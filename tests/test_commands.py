@@ -121,7 +121,7 @@ def test_what_ends_a_command(capsys, monkeypatch):
         return work
 
     for error, code, words in (
-        (files.UserError("bad"), 2, "error: bad"),
+        (files.UserError("bad\n\x1b"), 2, "error: bad??\n"),
         (OSError(28, "No space left on device"), 2, "No space left on device"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (MemoryError(), 2, "out of memory"),
@@ -171,6 +171,8 @@ def test_whatever_writes_raises_one_kind_of_error_and_leaves_nothing(tmp_path):
         ):
             temporary.write_text("half")
             raise error
+    with pytest.raises(files.UserError, match="zero: a device"), files.naming("/dev/zero"):
+        raise AssertionError("read")
     (tmp_path / "tmp-file").write_text("somebody's")
     with files.replacing(tmp_path / "file") as temporary:
         temporary.mkdir()

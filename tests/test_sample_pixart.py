@@ -254,6 +254,7 @@ WRONG = {  # what is changed -> what is said
     "binary": (dict(prompts="binary.txt"), "{binary.txt}: line 1: "),
     "no prompts": (dict(prompts="no.txt"), "{no.txt}: No such file"),
     "blank": (dict(prompts=" "), "--prompts is empty"),
+    "bytes": (dict(prompts="a\udcff"), "not in the terminal's encoding"),
     "seeds": (dict(seeds="0-x"), "--seeds: '0-x' is neither a seed nor a range"),
     "batch": (dict(batch=0), "--batch must be at least 1, got 0"),
     "steps": (dict(steps=0), "--steps must be at least 1, got 0"),

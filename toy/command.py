@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 import sim_core as sim
-from toy.files import UserError, check_apart, check_ours, check_writable
+from toy.files import UserError, check_apart, check_ours, check_writable, printable
 
 
 class Range(NamedTuple):
@@ -178,12 +178,12 @@ def run(work, interrupted="interrupted"):
             sys.modules["matplotlib"].rcdefaults()
         return work() or 0
     except (UserError, OSError) as error:  # OSError: the disk is full, or gone
-        print(f"{name}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {printable(error)}", file=sys.stderr)  # a path can have any character
         return getattr(error, "code", 2)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(error):
             raise
-        print(f"{name}: error: out of memory: lower --batch or --samples", file=sys.stderr)
+        print(f"{name}: error: out of memory: lower --batch, --samples or another size", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: {interrupted}", file=sys.stderr)

@@ -61,10 +61,16 @@ def replacing(path):
         remove(temporary)
 
 
+def printable(text):
+    return "".join(c if c.isprintable() else "?" for c in str(text))
+
+
 @contextmanager
 def naming(path):
     """Turn every error into a UserError of one line that names the file."""
     try:
+        if Path(path).is_char_device():
+            raise UserError("a device, which may have no end")
         yield
     except Exception as error:  # damaged bytes can raise nearly anything
         reason = str(error)
@@ -73,8 +79,7 @@ def naming(path):
         elif not isinstance(error, UserError):
             line = " ".join(reason.split())[:100]
             reason = f"damaged, or of another kind ({type(error).__name__}: {line})"
-        text = f"{path}: {reason}"
-        raise UserError("".join(c if c.isprintable() else "?" for c in text)) from None
+        raise UserError(printable(f"{path}: {reason}")) from None
 
 
 def write_json(path, content):

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import pickle
+import re
 import reprlib
 
 import safetensors.torch
@@ -128,10 +129,10 @@ def integers(value):
 
 
 def word(value):
-    return type(value) is str and len(value) < 2**12 and value.isprintable()
+    return type(value) is str and len(value) < 2**12 and not re.search("[\0-\x1f\x7f-\x9f]", value)
 
 
-NOTES = dict(sigma_init=number(1e-9, 1e9), teacher=word, preset=word, kind=word, shift=number(1e-6, 1e6),
+NOTES = dict(sigma_init=number(5e-324, 1e308), teacher=word, preset=word, kind=word, shift=number(1e-6, 1e6),
              timesteps=integer(1), predicts=lambda value: value in ("noise", "velocity"))  # fmt: skip
 OPTIONS = dict(
     img_resolution=integer(1, 2**10 + 1), img_channels=integer(1), label_dim=integer(0),

@@ -5,7 +5,7 @@ import os
 import sys
 from functools import cache
 
-from toy.files import UserError
+from toy.files import UserError, printable
 
 MAX_JSON = 2**24  # bytes: settings, an index of weights, the answers of one participant
 
@@ -39,4 +39,4 @@ def read_json(path):
 def tell(line, stream="stderr"):
     """Print it once: a command may load a file more than once."""
     if os.environ.get("RANK", "0") == "0":
-        print("".join(c if c.isprintable() else "?" for c in line), file=getattr(sys, stream))
+        print(printable(line), file=getattr(sys, stream))

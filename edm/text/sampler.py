@@ -135,6 +135,6 @@ def find_prompts(text):
     """--prompts -> [(number, prompt), ...]."""
     if Path(text).suffix in (".txt", ".jsonl", ".csv"):
         return list(enumerate(read_prompts(text)))
-    if not text.strip():
-        raise UserError("--prompts is empty")
+    if not text.strip() or any("\ud800" <= c < "\ue000" for c in text):
+        raise UserError("--prompts is empty, or not in the terminal's encoding")
     return list(enumerate(FIGURE3 if text == "figure3" else [text.strip()]))
