@@ -17,7 +17,6 @@ import random
 import re
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
@@ -90,13 +89,11 @@ def build(args):
     rng = random.SystemRandom() if args.seed is None else random.Random(args.seed)
     names = [[f"{rng.getrandbits(64):016x}.png" for _ in "ab"] for _ in prompts]
     pairs = [(prompt, dict(zip(hidden, files))) for prompt, hidden, *files in zip(prompts, names, a, b)]
-    with TemporaryDirectory(dir=out.parent, prefix="tmp-") as temporary, replacing(key) as temporary_key:
-        folder = Path(temporary) / "study"
+    with replacing(key) as temporary_key, replacing(out) as folder:
         folder.mkdir()
         record = {"study": write_study(folder, args.title, pairs), "a": str(args.folder_a)}
         record |= {"b": str(args.folder_b), "pairs": [dict(prompt=p, a=x, b=y) for p, (x, y) in pairs]}
         temporary_key.write_text(json.dumps(record, indent=1) + "\n")
-        folder.rename(out)
     print(f"wrote {out}, {len(pairs)} pairs, for the participants, and {key}, for you alone")
 
 

@@ -31,7 +31,7 @@ from edm.images import checkpoints
 from edm.images.sampler import make_sampler, parse_seeds, sample_batches
 from edm.training import plots
 from toy.command import check_ranges, option
-from toy.files import UserError, check_new, replacing
+from toy.files import UserError, check_new, naming, replacing
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,9 @@ def save_folder(out, seeds, images):
     """PNGs in folders of a thousand seeds, named as EDM does."""
     for seed, image in zip(seeds, images):
         path = Path(out) / f"{seed - seed % 1000:06d}" / f"{seed:06d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(path)
+        with naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(path)
 
 
 def save_file(out, seeds, images, labels):

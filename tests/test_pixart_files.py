@@ -5,6 +5,7 @@ import os
 import re
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import safetensors.torch
@@ -275,4 +276,7 @@ def test_export_refuses(tmp_path, pipeline, monkeypatch):
     export("no such file or folder", teacher=tmp_path / "nothing")
     full = lambda *_: Path("/dev/full").write_text("x" * 10**6, encoding="utf-8")
     monkeypatch.setattr(PixArtTransformer2DModel, "save_pretrained", full)
-    export("No space left", error=OSError)
+    export("out: cannot be written .No space left", error=OSError)
+    broken = safetensors.SafetensorError("I/O error: File too large")
+    monkeypatch.setattr(PixArtTransformer2DModel, "save_pretrained", Mock(side_effect=broken))
+    export("out: cannot be written .I/O error: File too large", error=OSError)
