@@ -16,6 +16,7 @@ import os
 import random
 import re
 import sys
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
@@ -30,7 +31,8 @@ from edm.text.prompts import read_prompts
 from toy import command
 from toy.files import UserError, check_apart, check_new, naming, replacing
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SUFFIXES, FORMATS = (".png", ".jpg", ".jpeg", ".webp"), ("PNG", "JPEG", "WEBP")  # others run Ghostscript
+MAX_PIXELS = 2**24  # of an image
 DATE = 946_684_800  # the year 2000; zip files know none before 1980
 
 
@@ -45,7 +47,10 @@ def image_files(folder):
 
 def read_image(path):
     """-> (H, W, 3), uint8: the pixels as viewers show them, and nothing else of what is in the file."""
-    with naming(path), Image.open(path) as image:
+    bomb = dict(action="error", category=Image.DecompressionBombWarning)
+    with naming(path), warnings.catch_warnings(**bomb), Image.open(path, formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise UserError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
         if image.mode not in ("L", "RGB"):
             raise UserError(f"need 8 bits, grey or RGB, not an image of Pillow's mode {image.mode}")
         return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 
 from edm.images.edm_pickle import read_pickle
-from edm.images.foreign import tell
+from edm.images.foreign import loads, tell
 from edm.images.networks import EDMPrecond
 from toy.files import UserError, naming, replacing
 
@@ -100,7 +100,7 @@ def read_safetensors(path):
     found = digest(metadata["config"], metadata["about"], weights)
     if metadata.get("digest", found) != found:
         raise UserError("damaged: its digest is another than that of its contents")
-    config, about = json.loads(metadata["config"]), json.loads(metadata["about"])
+    config, about = loads(metadata["config"]), json.loads(metadata["about"])
     if not isinstance(config, dict) or not isinstance(about, dict):
         raise UserError("config or about in its metadata is not a dictionary")
     for name in NOTES.keys() & about.keys():

@@ -32,7 +32,18 @@ def read_json(path):
         text = file.read(MAX_JSON + 1)
     if len(text) > MAX_JSON:
         raise UserError(f"larger than the {MAX_JSON:,} bytes that such a file may have")
-    return json.loads(text.decode("utf-8-sig"))
+    return loads(text.decode("utf-8-sig"))
+
+
+def loads(text):
+    """JSON without NaN; diffusers' own schedulers have -Infinity."""
+    return json.loads(text, parse_constant=number)
+
+
+def number(word):
+    if word == "NaN":
+        raise UserError("NaN in it is no number")
+    return float(word)
 
 
 @cache

@@ -30,10 +30,10 @@ def write_pipeline(transformer, sigma_init, folder, out):
     """
     out = Path(out)
     check_new(out)
-    with naming(folder / "model_index.json"):
-        index = read_json(folder / "model_index.json")
     classes = {"transformer": "PixArtTransformer2DModel", "scheduler": "EulerDiscreteScheduler"}
-    index |= {"_class_name": "PixArtAlphaPipeline"} | {k: ["diffusers", v] for k, v in classes.items()}
+    known = {"_class_name": "PixArtAlphaPipeline"} | {k: ["diffusers", v] for k, v in classes.items()}
+    with naming(folder / "model_index.json"):
+        index = read_json(folder / "model_index.json") | known
     scheduler, t = one_step_scheduler(transformer, sigma_init)
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as new:
