@@ -87,6 +87,27 @@ def write_json(path, content):
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
+def signature(record):
+    return hashlib.sha256(json.dumps(record).encode()).hexdigest()[:16]
+
+
+def write_record(path, record):
+    """A dictionary that knows whether it was changed."""
+    write_json(path, record | {"digest": signature(record)})
+
+
+def read_record(path, whole=None):
+    """What `write_record` wrote.  UserError if damaged; whole: what to remove then, if not path alone."""
+    try:
+        record = json.loads(Path(path).read_text("utf-8"))
+        sound = record.pop("digest", None) in (None, signature(record))  # older ones have none
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        sound = False
+    if not sound:
+        raise UserError(f"{path} is damaged; remove {whole or 'it'}, and its run will be repeated")
+    return record
+
+
 def write_rows(path, rows, digits=None):
     """A table, of a dictionary per row; what a row lacks is nan."""
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
