@@ -184,7 +184,7 @@ def make_distance(distance: str | Distance, **parameters) -> Distance:
     try:
         return DISTANCES[distance](**parameters)
     except TypeError:
-        raise ValueError(f"distance {distance!r} does not take {', '.join(parameters)}") from None
+        raise ValueError(f"distance {distance!r} does not take {' and '.join(parameters)}") from None
 
 
 # --- The forward process, and what a denoiser says.  Gradient flows through every tensor.

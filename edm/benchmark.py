@@ -36,7 +36,7 @@ from edm.distill import build
 from edm.images.networks import EDMPrecond, Generator
 from edm.training.trainee import make_accelerator
 from toy.command import option
-from toy.files import UserError
+from toy.files import UserError, check_new, replacing
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,8 @@ def record_gradients(task, path):
     def norm(trainee):
         gradient = torch.cat([p.grad.flatten() for p in trainee.network.parameters()])
         kept.append(gradient)
-        torch.save(kept, path)
+        with replacing(path) as temporary:
+            torch.save(kept, temporary)
         return gradient.norm()
 
     for trainee in (task.fake, task.generator):
@@ -205,6 +206,10 @@ def report(cfg, device, flops, rate, seconds, memory):
 
 
 def main(cfg):
+    if cfg.gradients:
+        if cfg.variant in (None, "plain"):
+            raise UserError("--gradients is of a --variant, but not plain")
+        check_new(cfg.gradients)
     if cfg.variant:
         return run_variant(cfg)
     device = make_accelerator(distillation(cfg)).device

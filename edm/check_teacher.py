@@ -36,15 +36,16 @@ from edm.text.pixart import Guided, encode
 from edm.text.pretrained import quiet
 from edm.text.sampler import FIGURE3, find_prompts
 from toy.command import Parser, add_options, check_ranges, option, run
-from toy.files import UserError, check_writable, replacing
+from toy.files import UserError, check_ours, replacing
 
 MOST = 4096  # images that the data's mean and spread are taken from
+MARK = "edm/check_teacher.py"  # in the picture
 
 
 @dataclass(frozen=True)
 class Settings:
     data: str = option(None, '"digits", or a data set\'s path; FILE.py may bring its own')
-    out: str = option("check_teacher.png", "the picture, written over", metavar="NAME.png")
+    out: str = option("check_teacher.png", "the picture, written over one of its own", metavar="NAME.png")
     images: int = option(None, "samples per noise level (default: by their size, 8 to 256)", within="many")
     seconds: float = option(120.0, "after which the search for what is wrong begins nothing more",
                             within="positive")  # fmt: skip
@@ -238,7 +239,7 @@ def main(argv=None):
         check_ranges(cfg)
         if Path(cfg.out).suffix != ".png":
             raise UserError(f"--out {cfg.out}: must be a .png")
-        check_writable(cfg.out)
+        check_ours(cfg.out, MARK)
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
         teacher = load(path, cfg.data, find_device(cfg.device))
@@ -248,7 +249,7 @@ def main(argv=None):
         with suppress(checks.Broken):  # which a verdict has told
             if drawn:
                 with replacing(cfg.out) as temporary:
-                    draw(teacher, *drawn).savefig(temporary, format="png")
+                    draw(teacher, *drawn).savefig(temporary, format="png", metadata={"Title": MARK})
                 print(f"wrote {cfg.out}")
         return int(any(verdict.state == "WRONG" for verdict in verdicts))
 

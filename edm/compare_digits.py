@@ -52,7 +52,7 @@ from edm.training.run import Run
 from edm.training.trainee import make_accelerator
 from edm.training.workers import work_off
 from toy import command
-from toy.files import UserError, lock, replacing, versions, write_json, write_rows
+from toy.files import UserError, lock, naming, read_record, replacing, versions, write_record, write_rows
 
 LOOKS = 6  # scores of a run
 
@@ -153,10 +153,7 @@ def scores_path(cfg):
 def read_scores(cfg):
     """{"settings": ..., "status": ..., "scores": {step: numbers}} of a run that ended, or None."""
     path = scores_path(cfg)
-    try:
-        record = json.loads(path.read_text("utf-8")) if path.exists() else None
-    except ValueError:
-        raise UserError(f"{path} is damaged; remove {cfg.out}, and its run will be repeated") from None
+    record = read_record(path, cfg.out) if path.exists() else None
     if record and any(record["settings"].get(k) != v for k, v in recorded(cfg).items()):
         raise UserError(f"{cfg.out} holds a run of other settings; choose another --out")
     return record if record and record["status"] != "training" else None
@@ -171,7 +168,8 @@ def recorded(cfg):
 def read_looks(folder):
     """{step: pictures of fixed latents, (N, C, H, W) uint8}, in the order of the steps."""
     path = Path(folder) / "looks.npz"
-    return {int(step): images for step, images in np.load(path).items()} if path.exists() else {}
+    with naming(path):
+        return {int(step): images for step, images in np.load(path).items()} if path.exists() else {}
 
 
 def write_looks(folder, looks):
@@ -197,7 +195,7 @@ def judged_teacher(cfg, student):
         pictures = parts.pictures(None, task)
         images = pictures.decode(parts.sample(task.teacher, pictures.z, **pictures.cond))
         write_looks(cfg.out, {cfg.steps: to_uint8(images.cpu()).numpy()})
-        write_json(scores_path(cfg), record | {"scores": {cfg.steps: score("teacher", task.teacher)}})
+        write_record(scores_path(cfg), record | {"scores": {cfg.steps: score("teacher", task.teacher)}})
 
 
 def judged_student(cfg):
@@ -207,7 +205,7 @@ def judged_student(cfg):
     pictures, looks = parts.pictures(run, task), read_looks(cfg.out)
     path, record = scores_path(cfg), {"settings": recorded(cfg), "status": "training", "scores": {}}
     if path.exists():
-        record = json.loads(path.read_text("utf-8"))
+        record = read_record(path, cfg.out)
 
     def picture(step):
         if step % (cfg.every // cfg.batch) and step != cfg.steps:
@@ -218,14 +216,14 @@ def judged_student(cfg):
         except UserError as error:  # not a picture: what `train` takes for divergence
             raise ValueError(str(error)) from None
         write_looks(run.path, looks)
-        write_json(path, record)
+        write_record(path, record)
 
     try:
         status = train(cfg, accelerator, task, run, pictures.look, picture, "distil")
     except Diverged as error:
         status, record["error"] = "diverged", str(error)
     if status != "interrupted":
-        write_json(path, record | {"status": status, "versions": versions()})
+        write_record(path, record | {"status": status, "versions": versions()})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -253,7 +251,7 @@ def report(args, students, teachers):
     out, rows, first = Path(args.out), rows_of(students, teachers), args.first_seed
     if not {row["arm"] for row in rows} > {"teacher"}:
         raise UserError(f"nothing is recorded in {out} for these settings")
-    floor = json.loads(scores_path(teachers[first]).read_text("utf-8"))["floor_fd"]
+    floor = read_record(scores_path(teachers[first]))["floor_fd"]
     write_rows(out / "study.csv", rows)
     found = final(rows)
     with replacing(out / "study.md") as path:

@@ -49,7 +49,7 @@ from edm.training.loop import complete
 from edm.training.plots import Pictures
 from edm.training.run import Run
 from edm.training.trainee import compiled, make_accelerator
-from toy.files import UserError, versions, write_json
+from toy.files import UserError, naming, versions, write_json
 from toy.folder import holds
 
 # ----------------------------------------------------------------------------------------------
@@ -116,8 +116,10 @@ def finish(cfg, accelerator, run, task, parts):
     """Write generator.safetensors, and metrics.json with what can be said of it."""
     log = Path(parts.path).with_name("metrics.json")
     trained = not cfg.teacher and log.exists()
+    with naming(log):
+        seconds = float(json.loads(log.read_text("utf-8"))["seconds"]) if trained else 0.0
     metrics = {"preset": cfg.preset, "seed": cfg.seed, "steps": cfg.steps, "status": "finished",
-               "teacher_seconds": json.loads(log.read_text("utf-8"))["seconds"] if trained else 0.0,
+               "teacher_seconds": seconds,
                "distill_seconds": run.history[-1]["seconds"]}  # fmt: skip
     metrics |= parts.finish(run, task, run.path / "generator.safetensors")
     if run.first:

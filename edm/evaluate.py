@@ -69,7 +69,7 @@ class Settings:
     samples: int = option(None, "images of each sampler (default 50000; with --prompts at most: default all)",
                           within=at_least(2))  # fmt: skip
     steps: int = option(None, "the teacher's Heun steps: 2 * steps - 1 evaluations (default 18); with "
-                        "--prompts its sampler's (default 20)", within="count")  # fmt: skip
+                        "--prompts its sampler's (default 20)", within="many")  # fmt: skip
     batch: int = option(None, "images at a time (default 256, with --prompts 4)", within="many")
     device: str = option(*DEVICE)
     out: str = option("metrics.json", "file for the numbers")

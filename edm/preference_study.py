@@ -16,8 +16,8 @@ import os
 import random
 import re
 import sys
+import warnings
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
@@ -29,9 +29,10 @@ from scipy.stats import binomtest
 from edm.images.foreign import read_json
 from edm.text.prompts import read_prompts
 from toy import command
-from toy.files import UserError, check_new, naming, replacing
+from toy.files import UserError, check_apart, check_new, naming, replacing
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SUFFIXES, FORMATS = (".png", ".jpg", ".jpeg", ".webp"), ("PNG", "JPEG", "WEBP")  # others run Ghostscript
+MAX_PIXELS = 2**24  # of an image
 DATE = 946_684_800  # the year 2000; zip files know none before 1980
 
 
@@ -46,7 +47,10 @@ def image_files(folder):
 
 def read_image(path):
     """-> (H, W, 3), uint8: the pixels as viewers show them, and nothing else of what is in the file."""
-    with naming(path), Image.open(path) as image:
+    bomb = dict(action="error", category=Image.DecompressionBombWarning)
+    with naming(path), warnings.catch_warnings(**bomb), Image.open(path, formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise UserError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
         if image.mode not in ("L", "RGB"):
             raise UserError(f"need 8 bits, grey or RGB, not an image of Pillow's mode {image.mode}")
         return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
@@ -90,13 +94,11 @@ def build(args):
     rng = random.SystemRandom() if args.seed is None else random.Random(args.seed)
     names = [[f"{rng.getrandbits(64):016x}.png" for _ in "ab"] for _ in prompts]
     pairs = [(prompt, dict(zip(hidden, files))) for prompt, hidden, *files in zip(prompts, names, a, b)]
-    with TemporaryDirectory(dir=out.parent, prefix="tmp-") as temporary, replacing(key) as temporary_key:
-        folder = Path(temporary) / "study"
+    with replacing(key) as temporary_key, replacing(out) as folder:
         folder.mkdir()
         record = {"study": write_study(folder, args.title, pairs), "a": str(args.folder_a)}
         record |= {"b": str(args.folder_b), "pairs": [dict(prompt=p, a=x, b=y) for p, (x, y) in pairs]}
         temporary_key.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-        folder.rename(out)
     print(f"wrote {out}, {len(pairs)} pairs, for the participants, and {key}, for you alone")
 
 
@@ -200,8 +202,7 @@ def figure(key, rows):
 def tally(args):
     for path in filter(None, (args.out, args.figure)):
         check_new(path)
-    if args.out and args.figure and args.out.absolute() == args.figure.absolute():
-        raise UserError(f"{args.out}: --out and --figure are one file")
+    check_apart(args.out, args.figure)
     key, everyone, seen = read_key(args.key), [], {}
     for path in args.answers:
         participant, votes = read_answers(path, key)

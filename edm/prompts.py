@@ -39,19 +39,23 @@ def growing(path):
     part = path.with_name(path.name + ".part")
     lock_file = part.with_name(part.name + ".lock")
     held = lock(lock_file, part)
-    with open(part, "a+b") as file:
-        try:
-            check_new(path)
+    try:
+        check_new(path)
+        with open(part, "a+b") as file:
             file.seek(0)
             yield file
             file.flush()
             os.fsync(file.fileno())
             os.replace(part, path)
-        finally:
-            if not os.fstat(file.fileno()).st_size:
-                part.unlink(missing_ok=True)
-            held.release()
-            lock_file.unlink(missing_ok=True)
+    except OSError as error:
+        if error.filename:
+            raise
+        raise OSError(f"{part}: cannot be written ({error.strerror}); the same command goes on") from None
+    finally:
+        if part.exists() and not part.stat().st_size:
+            part.unlink()
+        held.release()
+        lock_file.unlink(missing_ok=True)
 
 
 def stream_lines(source, start):

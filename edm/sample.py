@@ -31,7 +31,7 @@ from edm.images import checkpoints
 from edm.images.sampler import make_sampler, parse_seeds, sample_batches
 from edm.training import plots
 from toy.command import check_ranges, option
-from toy.files import UserError, check_new, replacing
+from toy.files import UserError, check_new, naming, replacing
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,7 @@ class Settings:
                           required=True, metavar="FILE")  # fmt: skip
     out: str = option(None, "NAME.png, NAME.npz, or a folder", required=True)
     seeds: str = option("0-63", "one image for each, such as 0-63,100")
-    steps: int = option(
-        None, "a teacher's Heun steps (default 18): 2 * steps - 1 evaluations", within="count"
-    )
+    steps: int = option(None, "a teacher's Heun steps (default 18): 2 * steps - 1 evaluations", within="many")
     sigma_init: float = option(None, SIGMA_INIT, metavar="SIGMA", within="positive")
     labels: int = option(None, "class of all images (default: drawn by each seed)", metavar="CLASS")
     batch: int = option(64, "images made before any is written; does not change them", within="many")
@@ -58,8 +56,9 @@ def save_folder(out, seeds, images):
     """PNGs in folders of a thousand seeds, named as EDM does."""
     for seed, image in zip(seeds, images):
         path = Path(out) / f"{seed - seed % 1000:06d}" / f"{seed:06d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(path)
+        with naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(path)
 
 
 def save_file(out, seeds, images, labels):

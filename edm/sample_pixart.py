@@ -41,7 +41,7 @@ from edm.text.pretrained import quiet
 from edm.text.sampler import draw, find_prompts, make_encode, teacher_sampler
 from edm.training import plots
 from toy.command import at_least, check_ranges, option
-from toy.files import UserError, check_new, replacing
+from toy.files import UserError, check_apart, check_new, naming, replacing
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,14 @@ def save_folder(cfg, batches):
     """Single PNGs, as they come."""
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"text": text}, ensure_ascii=False) for _, text in find_prompts(cfg.prompts)]
-    (Path(cfg.out) / "prompts.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    with replacing(Path(cfg.out) / "prompts.jsonl") as path:
+        path.write_text("".join(f"{line}\n" for line in lines), "utf-8")
     for name, pairs, images in batches:
         for ((number, _), seed), image in zip(pairs, images):
             ending = "" if name == "student" else f"-{name}"
             path = Path(cfg.out) / f"{number:04d}-{seed:06d}{ending}.png"
-            Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(path)
+            with naming(path):
+                Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(path)
 
 
 def check(cfg):
@@ -121,6 +123,7 @@ def check(cfg):
         raise UserError("nothing to do: give --out, for images, or --export")
     for path in filter(None, (cfg.out, cfg.export)):
         check_new(path, folder=path == cfg.out and kind_of(path) == "folder")
+    check_apart(cfg.out, cfg.export)
     find_device(cfg.device)
 
 

@@ -197,7 +197,7 @@ PLANE_PARTS = {
     "scores: divergence of psi": (METRICS, '("divergence", exact, target', '("divergence", psi, target'),
     "scores: gap to the target": (METRICS, '("gap", psi, teacher(xt, sigma))', '("gap", psi, target.denoiser(xt, sigma))'),
     "scores: error to the target": (METRICS, '("fake_error", psi, exact)', '("fake_error", psi, target.denoiser(xt, sigma))'),
-    "mixture: weights as given": (MIXTURES, "weights=weights / total", "weights=weights"),
+    "mixture: weights as given": (MIXTURES, "weights=(exact / total).to(**like)", "weights=weights"),
     "mixture: one mode for all": (MIXTURES, "range(K) if self.modes is None", "[0] * K if self.modes is None"),
     "mixture: variance": (MIXTURES, "variance = self.stds**2 + per_sample", "variance = self.stds[None] + per_sample"),
     "mixture: weights dropped": (MIXTURES, "logits = self.weights.log() - away", "logits = -away"),

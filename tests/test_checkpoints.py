@@ -248,6 +248,11 @@ def test_convert_notes_sigma_init(tmp_path, capsys):
     for words in ([], ["--sigma-init", "2.5"]):
         main(["convert", str(path), str(out), *words])
         assert load(out)[1] == {"converted_from": path.name} | ({"sigma_init": 2.5} if words else {})
+        notes = dict(
+            sigma_init=1e-30, teacher="/a\u3000b\u200b/\udcff.pkl"
+        )  # what a distillation may have had
+        save(out.with_name("odd"), load(out)[0], **notes)
+        assert load(out.with_name("odd"))[1] == notes
         for again, code in ((2.5, 0), (2.4, bool(words))):  # a file keeps to what it names
             try:
                 assert load(out, again)[1]["sigma_init"] == again and not code

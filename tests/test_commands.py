@@ -66,7 +66,7 @@ COMMANDS = {  # name -> argv -> exit code; what it needs besides
     "preference_study build": (preference_study.main, "none none none new"),
     "preference_study tally": (preference_study.main, "none none"),
 }
-NUMBERS = ["x", "", "nan", "1e400", "-inf", "0x10", "-1e30", "9" * 5000]
+NUMBERS = ["x", "", "nan", "1e400", "-inf", "0x10", "-1e30", "9" * 5000, "9" * 400]
 BOUNDED = ["seed", "threads", "batch", "samples", "jobs", "seeds"]  # which refuse 2^64 as well
 
 
@@ -121,7 +121,7 @@ def test_what_ends_a_command(capsys, monkeypatch):
         return work
 
     for error, code, words in (
-        (files.UserError("bad"), 2, "error: bad"),
+        (files.UserError("bad\n\x1b"), 2, "error: bad??\n"),
         (OSError(28, "No space left on device"), 2, "No space left on device"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (MemoryError(), 2, "out of memory"),
@@ -181,11 +181,39 @@ def test_whatever_writes_raises_one_kind_of_error_and_leaves_nothing(tmp_path):
         ):
             temporary.write_text("half")
             raise error
-    (tmp_path / "tmp-file").mkdir()  # of a killed process
+    with pytest.raises(files.UserError, match="zero: a device"), files.naming("/dev/zero"):
+        raise AssertionError("read")
+    (tmp_path / "tmp-file").write_text("somebody's")
     with files.replacing(tmp_path / "file") as temporary:
         temporary.mkdir()
         (temporary / "part").write_text("a")
-    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == ["file", "file/part"]
+    found = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*"))
+    assert found == ["file", "file/part", "tmp-file"]
+
+
+@pytest.mark.parametrize("argv", [
+    "benchmark --variant float32 --gradients mine.png", "check_teacher none --out mine.png",
+    "benchmark --variant plain --gradients new", "benchmark --gradients new",
+    "verify_identity --quick --json mine.png", "verify_identity --json new/../out/verify_identity.png",
+    "f_divergences --json out/f_divergences.png", "f_divergences --json mine.png/a",
+    "sample_pixart --student none --out new --export new/export",
+    "sample_pixart --student none --out new/a.png --export new/../new/a.png",
+    "preference_study tally none none --out new --figure a/../new",
+    "evaluate --student none --data digits --out /proc/new", "sample --network none --out /proc/new",
+    "sample_pixart --student none --export /proc/a/new", "sample --network none --out mine.png/a.png",
+])  # fmt: skip
+def test_what_cannot_be_written_or_is_not_ours_is_refused_before_the_work(
+    argv, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.png").write_bytes(b"mine")
+    name, *argv = argv.split()
+    words = "new", "mine.png", "out/", "--gradients"
+    call = next(call for command, (call, _) in COMMANDS.items() if command.split()[0] == name)
+    assert call(argv) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and any(word in err for word in words), err
+    assert [*tmp_path.iterdir()] == [Path("mine.png").absolute()] and Path("mine.png").read_bytes() == b"mine"
 
 
 def test_a_lock_is_one_process_s(tmp_path, monkeypatch, capsys):

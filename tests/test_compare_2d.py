@@ -71,12 +71,12 @@ def test_arms_start_from_the_same_teacher(study):
 def test_what_is_recorded_is_not_repeated(study):
     before = {path: path.stat().st_mtime_ns for path in (study / "runs").iterdir()}
     removed = min(before)
-    content = json.loads(removed.read_text())
+    content = compare_2d.read_record(removed)
     removed.unlink()
     assert compare_2d.cli([*TINY, "--out", str(study)]) == 0
     after = {path: path.stat().st_mtime_ns for path in (study / "runs").iterdir()}
     assert {p for p in before if before[p] != after[p]} == {removed}
-    again = json.loads(removed.read_text())
+    again = compare_2d.read_record(removed)
     for record in (content, again):  # the same numbers, but for time
         record["log"].pop("seconds"), record["metrics"].pop("train_seconds")
     assert again == content
@@ -117,7 +117,7 @@ def test_the_kept_teacher_changes_no_number(study, tmp_path):
     """The second arm found its teacher ready; train_2d by itself trains one and ends in the same place."""
     args = compare_2d.parse_args([*TINY, "--out", str(study)])
     cfg = compare_2d.plan(args)["l2", "ring", 1]
-    found = compare_2d.read_record(cfg)["metrics"]
+    found = compare_2d.read_record(compare_2d.record_of(cfg))["metrics"]
     alone = compare_2d.train_2d.main(compare_2d.replace(cfg, out=str(tmp_path / "alone")))
     assert {k: v for k, v in found.items() if k != "train_seconds"} == {
         k: v for k, v in alone.items() if k != "train_seconds"
@@ -157,7 +157,7 @@ def test_figure_has_a_curve_for_each_arm_of_figure_2(study):
     args = compare_2d.parse_args([*TINY, "--arms", "sigma-sim", "sid-sigma-sim", "--out", str(study)])
     configs = compare_2d.plan(args)
     here(configs.values(), 1)
-    records = {key: compare_2d.read_record(cfg) for key, cfg in configs.items()}
+    records = {key: compare_2d.read_record(compare_2d.record_of(cfg)) for key, cfg in configs.items()}
     figure = figure_of(summarise([compare_2d.row_of(*item) for item in records.items()]), records,
                        compare_2d.GROUPS)  # fmt: skip
     labels = {text for ax in figure.axes for text in ax.get_legend_handles_labels()[1]}

@@ -105,9 +105,15 @@ def test_what_is_recorded_is_not_repeated_and_other_settings_are_refused(capsys)
     err = capsys.readouterr().err
     assert "holds a run of other settings" in err and err.count("\n") == 1
     assert before == {path: path.stat().st_mtime_ns for path in Path("study/runs").rglob("*")}
-    Path("study/runs/default-0/scores.json").write_text("{", encoding="utf-8")
-    assert study("--seeds", "1", "--arms", "default") == 2
-    assert "is damaged; remove study/runs/default-0" in capsys.readouterr().err
+    scores, looks = Path("study/runs/default-0/scores.json"), Path("study/runs/default-0/looks.npz")
+    looks.write_bytes(looks.read_bytes()[:-9])
+    assert study("--seeds", "1", "--arms", "default", "--jobs", "0") == 2
+    assert "looks.npz: damaged" in capsys.readouterr().err
+    changed = scores.read_text("utf-8").replace('"fd": ', '"fd": 1', 1)
+    for damaged in ("{", "[]", "[" * 10**6, changed):
+        scores.write_text(damaged, "utf-8")
+        assert study("--seeds", "1", "--arms", "default") == 2
+        assert "is damaged; remove study/runs/default-0" in capsys.readouterr().err
 
 
 def test_a_run_that_diverges_is_infinitely_far(monkeypatch):

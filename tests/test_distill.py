@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import json
 import math
 import re
 import shlex
@@ -202,9 +203,11 @@ def test_folder_of_another_run(tmp_path):
     Run(config(out=tmp_path, resume=True, keep=7, threads=2, micro_batch=4, compile=True))  # decide no result
     gc.collect()
     Run(config(out=tmp_path, resume=True, samples=99, data="digits", evaluate_every=8))  # nothing trained
-    for damaged in ("", "{", "[]"):
+    for damaged in ("", "{", "[]", "[" * 10**6):
         (tmp_path / "config.json").write_text(damaged)
         assert "config.json is damaged" in refused(out=tmp_path, resume=True)
+    (tmp_path / "config.json").write_text(json.dumps({"seed": "a" * 10**6}))
+    assert len(refused(out=tmp_path, resume=True)) < 500
 
 
 def test_folder_of_something_else(tmp_path):

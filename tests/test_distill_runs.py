@@ -76,7 +76,7 @@ def test_a_run_leaves_what_it_promises(whole):
     assert torch.equal(flat(task.ema.network.denoiser), flat(denoiser))
 
 
-def test_a_teacher_is_trained_if_none_is_given(here, monkeypatch, tmp_path):
+def test_a_teacher_is_trained_if_none_is_given(here, monkeypatch, tmp_path, capsys):
     trained = dict(steps=3, batch=8, lr=0.01, every=16)
     monkeypatch.setitem(PRESETS["digits"], "network", UNET)
     monkeypatch.setitem(TEACHERS, "digits", trained)
@@ -89,6 +89,12 @@ def test_a_teacher_is_trained_if_none_is_given(here, monkeypatch, tmp_path):
         task.step(n)
     found = checkpoints.load(tmp_path / "run/teacher/teacher.safetensors")[0]
     assert torch.equal(flat(found), flat(task.ema.network)) and not torch.equal(flat(found), flat(net))
+    (tmp_path / "run/teacher/metrics.json").write_text("{}")
+    assert run("--resume", out=tmp_path / "run", teacher=None, data="digits") == 2
+    assert "metrics.json: damaged" in capsys.readouterr().err
+    Folder(tmp_path / "run", {}).save(5, {"history": []})  # of an older version
+    assert run("--resume", out=tmp_path / "run", teacher=None, data="digits") == 2
+    assert "run/checkpoints: damaged, or of another kind" in capsys.readouterr().err
 
 
 def test_what_is_looked_at_is_the_average(here, tmp_path):
@@ -332,6 +338,7 @@ WRONG = {  # words on the command line -> in the message
     "--steps many": "invalid int value: 'many'",
     "--distance l2 --c 1": "distance 'l2' does not take c",
     "--c=-1": "c must be positive",
+    "--c 1 --delta 1": "distance 'pseudo_huber' does not take c and delta",
     "--method diff_instruct --alpha 1": "--method diff_instruct does not take alpha",
     "--method diff_instruct --space noise": "--method diff_instruct needs --space denoised",
     "--out teacher.safetensors": "cannot use teacher.safetensors as a run's folder",

@@ -336,6 +336,7 @@ WRONG = {
     "no labels": (dict(data="mute"), "mute: has no labels, which the classifier"),
     "classifier in a file": (dict(classifier="few/0.png/c"), "few/0.png/c: cannot be written"),
     "classifier is a folder": (dict(classifier="few"), "few: "),
+    "classifier is --out": (dict(classifier="few/../new.json", out="new.json"), "new.json takes this place"),
     "device": (dict(device="mps"), "--device mps: no MPS device here"),
     "steps": (dict(steps=0), "--steps must be at least 1, got 0"),
     "batch": (dict(batch=0), "--batch must be at least 1, got 0"),

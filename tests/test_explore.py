@@ -132,6 +132,11 @@ def spoil(folder, change):
     Folder(folder, {}, keep=1).save(state["step"], state)
 
 
+def rewrite(folder, **changes):
+    settings = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps(settings | changes), "utf-8")
+
+
 BAD = {  # what is done to a good folder -> words of the refusal
     "no folder": (shutil.rmtree, "run has no config.json"),
     "not begun": (lambda f: shutil.rmtree(f / "checkpoints"), "has no checkpoint"),
@@ -143,6 +148,8 @@ BAD = {  # what is done to a good folder -> words of the refusal
         lambda f: (f / "config.json").write_text('{"resolution": 8}'),
         "config.json: damaged, or of",
     ),
+    "too wide": (lambda f: rewrite(f, width=10**9), "--width must be at most 1,000,000"),
+    "no text": (lambda f: rewrite(f, target=[1], seed=-1), "--seed must be 0 or more"),
     "damaged": (lambda f: [p.write_bytes(b"x") for p in f.glob("checkpoints/*")], "every checkpoint"),
     "of another kind": (lambda f: spoil(f, lambda s: s.pop("snapshots")), "checkpoints: damaged, or of"),
     "another network": (lambda f: spoil(f, lambda s: s["teacher"].popitem()), "checkpoints: damaged, or of"),

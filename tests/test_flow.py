@@ -144,8 +144,10 @@ REFUSED = {  # words -> settings of a scheduler
     "shift must be a positive number, got 0": EULER | {"shift": 0},
     "shift must be a positive number, got -3.0": EULER | {"shift": -3.0},
     "shift must be a positive number, got True": EULER | {"shift": True},
-    "num_train_timesteps must be a positive whole number, got 0": EULER | {"num_train_timesteps": 0},
-    "num_train_timesteps must be a positive whole number, got 1000.0": EULER | {"num_train_timesteps": 1e3},
+    "its timesteps must be from 1 to 100,000, got 0": EULER | {"num_train_timesteps": 0},
+    "its timesteps must be from 1 to 100,000, got 1000.0": EULER | {"num_train_timesteps": 1e3},
+    "its timesteps must be from 1 to 100,000, got 10000000000": DPM | {"num_train_timesteps": 10**10},
+    "its timesteps must be from 1 to 100,000": DPM | {"trained_betas": [0.1] * 10**6},
 }
 
 

@@ -1,10 +1,13 @@
 """Weights of PixArt in diffusers' form: what goes in comes out, what is wrong is one line; export."""
 
 import json
+import math
 import os
 import re
+import shutil
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import safetensors.torch
@@ -16,7 +19,8 @@ from edm.images.networks import Generator
 from edm.images.sampler import latents
 from edm.text.export import one_step_scheduler, write_pipeline
 from edm.text.pixart import PixArtDenoiser
-from edm.text.pixart_files import find_pipeline, load_transformer, sigma_init_of
+from edm.text.pixart_files import find_pipeline, load_transformer, load_vae, sigma_init_of
+from edm.text.prompts import TextEncoder
 from tests import pixart
 from tests.common import ROOT, spawn
 from tests.pixart import CONFIG, assert_same, original_by_hand, refused, tiny
@@ -152,6 +156,30 @@ def test_hostile_configs(tmp_path):
         refused(tmp_path / "s.safetensors")
 
 
+@pytest.mark.parametrize("part, changes, words", [
+    ("vae", {"scaling_factor": math.nan}, "NaN in it is no number"),
+    ("vae", {"scaling_factor": 0}, "its scaling_factor is 0"),
+    ("vae", {"scaling_factor": "x"}, "damaged, or of another kind"),
+    ("vae", {"layers_per_block": -1}, "layers_per_block is -1"),
+    ("transformer", {"dropout": math.nan}, "NaN in it is no number"),
+    ("text_encoder", {"num_layers": 1}, ""),
+])  # fmt: skip
+def test_settings_of_the_parts_that_cannot_be(part, changes, words, pipeline, tmp_path, capsys):
+    shutil.copytree(pipeline, tmp_path / "new")
+    config = tmp_path / "new" / part / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | changes), "utf-8")
+    load = {"vae": load_vae, "transformer": load_transformer, "text_encoder": TextEncoder}[part]
+    if words:
+        with pytest.raises(UserError, match=words) as caught:
+            load(str(tmp_path / "new"))
+        assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+    else:
+        load(str(tmp_path / "new"))
+        assert re.search(
+            r"has no use for tensors encoder.block.1\S+, .* more of its files", capsys.readouterr().err
+        )
+
+
 def test_a_network_of_another_kind(tmp_path):
     safetensors.torch.save_file(
         {"a": torch.ones(1)}, tmp_path / "s", {"config": '{"img_channels": 1}', "about": "{}"}
@@ -275,4 +303,7 @@ def test_export_refuses(tmp_path, pipeline, monkeypatch):
     export("no such file or folder", teacher=tmp_path / "nothing")
     full = lambda *_: Path("/dev/full").write_text("x" * 10**6, encoding="utf-8")
     monkeypatch.setattr(PixArtTransformer2DModel, "save_pretrained", full)
-    export("No space left", error=OSError)
+    export("out: cannot be written .No space left", error=OSError)
+    broken = safetensors.SafetensorError("I/O error: File too large")
+    monkeypatch.setattr(PixArtTransformer2DModel, "save_pretrained", Mock(side_effect=broken))
+    export("out: cannot be written .I/O error: File too large", error=OSError)

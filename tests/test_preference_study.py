@@ -15,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from edm import preference_study as study
 from tests.common import ROOT, spawn
+from toy import files
 
 
 def write_images(folder, n, seed, size=(24, 16)):
@@ -142,6 +143,15 @@ def test_formats_folders_and_orientation(tmp_path):
     assert all(x.shape == (16, 24, 3) for x in shown)
     assert np.array_equal(shown[0], np.repeat(np.asarray(grey)[..., None], 3, 2))
     assert np.array_equal(shown[2], pixels(student / "student-10/3.png"))
+
+
+def test_bombs_and_programs_are_no_images(tmp_path, monkeypatch):
+    for name, size, kind in ("large", 9600, "PNG"), ("program", 8, "EPS"), ("small", 8, "PNG"):
+        Image.new("L", (size, size)).save(tmp_path / name, kind)
+    monkeypatch.setattr(study, "MAX_PIXELS", 63)
+    for name, words in ("large", "Bomb"), ("program", "cannot identify"), ("small", "8x8 pixels are more"):
+        with pytest.raises(files.UserError, match=f"{name}: .*{words}"):
+            study.read_image(tmp_path / name)
 
 
 def test_another_title_prompt_or_pixel_makes_another_study(tmp_path):

@@ -4,6 +4,7 @@ import json
 import re
 import types
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -11,12 +12,13 @@ import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtAlphaPipeline
 from PIL import Image
 
-from edm import sample_pixart
+from edm import sample, sample_pixart
 from edm.images import foreign
 from edm.images.checkpoints import save
 from edm.images.data import to_uint8
 from edm.images.networks import Generator
 from edm.images.sampler import latents
+from edm.prompts import growing
 from edm.text import sampler
 from edm.text.pixart import PixArtDenoiser, sigma_of_t
 from edm.text.pixart_files import load_transformer
@@ -259,6 +261,7 @@ WRONG = {  # what is changed -> what is said
     "binary": (dict(prompts="binary.txt"), "{binary.txt}: line 1: "),
     "no prompts": (dict(prompts="no.txt"), "{no.txt}: No such file"),
     "blank": (dict(prompts=" "), "--prompts is empty"),
+    "bytes": (dict(prompts="a\udcff"), "nor in the terminal's encoding"),
     "seeds": (dict(seeds="0-x"), "--seeds: '0-x' is neither a seed nor a range"),
     "batch": (dict(batch=0), "--batch must be at least 1, got 0"),
     "steps": (dict(steps=0), "--steps must be at least 1, got 0"),
@@ -290,6 +293,21 @@ def test_several_processes_are_refused(folder, here, capsys, monkeypatch):
         monkeypatch.setenv(name, str(6 - ("RANK" in name)))
     assert run(folder) == 2 and not [*here.iterdir()]
     assert "6 processes would draw the same images" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_with_the_file_s_name(folder, here, monkeypatch, capsys):
+    monkeypatch.setattr(Image.Image, "save", Mock(side_effect=OSError(28, "No space left on device")))
+    assert run(folder) == 2
+    assert re.search(r"error: out/0000-00000\d.png: No space left on device\n\Z", capsys.readouterr().err)
+    with pytest.raises(UserError, match=r"out/000000/000007.png: No space left"):
+        sample.save_folder("out", [7], torch.zeros(1, 1, 2, 2, dtype=torch.uint8))
+    with (
+        pytest.raises(OSError, match=r"a.part: cannot be written \(No space left"),
+        growing(Path("a")) as file,
+    ):
+        file.write(b"a")
+        raise OSError(28, "No space left on device")
+    assert Path("a.part").read_bytes() == b"a"
 
 
 def test_as_a_script(folder, here):

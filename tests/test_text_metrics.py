@@ -201,6 +201,12 @@ def narrow(path):
     path.write_text(json.dumps(settings))
 
 
+def widen(path):
+    settings = json.loads(path.read_text())
+    settings["size"] = dict(shortest_edge=30_000)
+    path.write_text(json.dumps(settings))
+
+
 def deeper(path):
     settings = json.loads(path.read_text())
     settings["vision_config"]["num_hidden_layers"] = 3
@@ -217,6 +223,7 @@ CLIPS = {
     "a layer missing": ("config.json", deeper, r"missing tensors vision_model\.encoder\.layers\.2"),
     "not finite": ("model.safetensors", nan, "not finite"),
     "other image size": ("preprocessor_config.json", narrow, r"image size"),
+    "huge images": ("preprocessor_config.json", widen, "its images are resized to 30,000 pixels"),
 }
 
 

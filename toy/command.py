@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 import sim_core as sim
-from toy.files import UserError, check_writable
+from toy.files import UserError, check_apart, check_ours, check_writable, printable
 
 
 class Range(NamedTuple):
@@ -31,8 +31,8 @@ class Range(NamedTuple):
 
 
 RANGES = {
-    "count": Range(1, math.inf, "at least 1"),
-    "some": Range(0, math.inf, "0 or more"),
+    "count": Range(1, 10**15, "at least 1"),
+    "some": Range(0, 10**15, "0 or more"),
     "many": Range(1, 10**6, "at least 1"),  # of what is held in memory at once
     "seeds": Range(1, 1000, "at least 1"),  # of a study, whose plan is held in memory
     "threads": Range(0, 1024, "0 or more"),
@@ -161,11 +161,12 @@ def parse_report(description, argv, picture, mark, **help):
     add("--json", **path, metavar="FILE", help="write every number here too")
     add("--out", default=Path("out"), **path, metavar="DIR", help="folder of the figure (default out)")
     args = parser.parse_args(argv)
-    for file in filter(None, (args.out / picture, args.json)):
-        check_writable(file)
-        file.parent.mkdir(parents=True, exist_ok=True)
-    if args.json and args.json.exists() and f'"{mark}"' not in args.json.read_text("utf-8", "replace"):
-        raise UserError(f"{args.json}: exists already, and is no report of this command; choose another name")
+    check_apart(args.json, args.out / picture)
+    check_writable(args.out / picture)
+    if args.json:
+        check_ours(args.json, f'"{mark}"')
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
     return args
 
 
@@ -177,12 +178,12 @@ def run(work, interrupted="interrupted"):
             sys.modules["matplotlib"].rcdefaults()
         return work() or 0
     except (UserError, OSError) as error:  # OSError: the disk is full, or gone
-        print(f"{name}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {printable(error)}", file=sys.stderr)  # a path can have any character
         return getattr(error, "code", 2)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(error):
             raise
-        print(f"{name}: error: out of memory: lower --batch or --samples", file=sys.stderr)
+        print(f"{name}: error: out of memory: lower --batch, --samples or another size", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: {interrupted}", file=sys.stderr)

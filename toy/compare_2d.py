@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from toy import command, train_2d
 from toy.config import Config, check, resolve, settings
-from toy.files import UserError, lock, replacing, write_rows
+from toy.files import UserError, lock, read_record, replacing, write_record, write_rows
 from toy.mixtures import TARGETS
 from toy.study_report import figure_of, row_of, summarise, table
 
@@ -157,8 +157,7 @@ def run_one(cfg):
     except Exception as error:
         record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
     if record["status"] != "interrupted":
-        with replacing(record_of(cfg)) as path:
-            path.write_text(json.dumps(record) + "\n", "utf-8")
+        write_record(record_of(cfg), record)
     shutil.rmtree(cfg.out, ignore_errors=True)
 
 
@@ -193,16 +192,11 @@ def train(configs, jobs):
 # The report.
 
 
-def read_record(cfg):
-    try:
-        return json.loads(record_of(cfg).read_text("utf-8"))
-    except ValueError:
-        raise UserError(f"{record_of(cfg)} is damaged; remove it, and its run will be repeated") from None
-
-
 def report(args, configs):
     """Write study.csv, study.md and study.png from the records there are; return the summary."""
-    out, records = Path(args.out), {k: read_record(c) for k, c in configs.items() if record_of(c).exists()}
+    out, records = Path(args.out), {}
+    for key, path in ((key, record_of(cfg)) for key, cfg in configs.items()):
+        records |= {key: read_record(path)} if path.exists() else {}
     if not records:
         raise UserError(f"nothing is recorded in {out}/runs for these settings")
     rows = [row_of(key, record) for key, record in records.items()]

@@ -20,7 +20,7 @@ import torch
 
 from toy import command, plots
 from toy.config import Config
-from toy.files import UserError, check_writable, naming, replacing
+from toy.files import UserError, check_ours, naming, replacing
 from toy.folder import Folder
 from toy.logbook import N_LOG
 from toy.metrics import SIGMAS, energy_floor, mean_distance
@@ -51,7 +51,8 @@ def read(folder):
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json: not the folder of a run of toy/train_2d.py")
     with naming(folder / "config.json"):
-        cfg = Config(**json.loads((folder / "config.json").read_text("utf-8")))
+        cfg = Config(**json.loads((folder / "config.json").read_text("utf-8")) | {"device": "cpu"})
+        command.check_ranges(cfg)
     state = Folder(folder, {}).load(say=lambda text: print(text, file=sys.stderr))
     if state is None:
         raise UserError(f"{folder} has no checkpoint, which keeps the frames: nothing to look at yet")
@@ -88,7 +89,7 @@ def page(folders):
     names = [Path(folder).resolve().name for folder in folders]
     names = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
     settings = [vars(cfg) for cfg, _ in runs]
-    shown = [k for k in settings[0] if len({s[k] for s in settings}) > 1 and k != "out"] or SHOWN
+    shown = [k for k in settings[0] if len({str(s[k]) for s in settings}) > 1 and k != "out"] or SHOWN
     about = ["; ".join(f"{k.replace('_', ' ')} {s[k]}" for k in shown) for s in settings]
     content = {"sigmas": SIGMAS, "limit": plots.LIMIT, "scale": SCALE, "runs": []}
     for folder, run, name, words in zip(folders, runs, names, about):
@@ -108,10 +109,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     out = Path(args.out or Path(args.folders[0]) / "explore.html")
     text = page(args.folders)
+    check_ours(out, 'content="toy/explore.py"')
     out.parent.mkdir(parents=True, exist_ok=True)
-    check_writable(out)
-    if out.exists() and 'content="toy/explore.py"' not in out.read_text("utf-8", errors="replace")[:500]:
-        raise UserError(f"{out} is something else, and is not written over; choose another --out")
     with replacing(out) as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(f"{out}: {len(text) / 1e6:.1f} MB; open it in a browser")

@@ -3,6 +3,7 @@
 import csv
 import errno
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -36,15 +37,16 @@ def remove(path):
 
 @contextmanager
 def replacing(path):
-    """Yield a neighbour to write to, file or folder, then rename it: nobody, not even after a crash, meets
+    """Yield a new neighbour to write to, file or folder, then rename it: nobody, even after a crash, meets
     half of it.  OSError of one line, naming the path, whatever the writer's library raises for a full disk.
     """
     path = Path(path)
     temporary = path.with_name("tmp-" + path.name)
+    while os.path.lexists(temporary):  # somebody's, or a killed process's: outside a run's folder, who knows
+        temporary = temporary.with_name("tmp-" + temporary.name)
     try:
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise FileExistsError(errno.EEXIST, "a device, or the like")
-        remove(temporary)  # a killed process was writing it
         yield temporary
         if temporary.is_file():
             with open(temporary, "rb+") as file:
@@ -57,6 +59,10 @@ def replacing(path):
         raise OSError(f"{path}: cannot be written ({reason})") from None
     finally:
         remove(temporary)
+
+
+def printable(text):
+    return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
 @contextmanager
@@ -73,13 +79,33 @@ def naming(path):
         elif not isinstance(error, UserError):
             line = " ".join(reason.split())[:100]
             reason = f"damaged, or of another kind ({type(error).__name__}: {line})"
-        text = f"{path}: {reason}"
-        raise UserError("".join(c if c.isprintable() else "?" for c in text)) from None
+        raise UserError(printable(f"{path}: {reason}")) from None
 
 
 def write_json(path, content):
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def signature(record):
+    return hashlib.sha256(json.dumps(record).encode()).hexdigest()[:16]
+
+
+def write_record(path, record):
+    """A dictionary that knows whether it was changed."""
+    write_json(path, record | {"digest": signature(record)})
+
+
+def read_record(path, whole=None):
+    """What `write_record` wrote.  UserError if damaged; whole: what to remove then, if not path alone."""
+    try:
+        record = json.loads(Path(path).read_text("utf-8"))
+        sound = record.pop("digest", None) in (None, signature(record))  # older ones have none
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        sound = False
+    if not sound:
+        raise UserError(f"{path} is damaged; remove {whole or 'it'}, and its run will be repeated")
+    return record
 
 
 def write_rows(path, rows, digits=None):
@@ -105,10 +131,29 @@ def check_writable(path):
 
 
 def check_new(path, folder=False):
-    """Raise UserError if it exists: nothing is overwritten.  folder: an empty one may be there."""
+    """Raise UserError if it exists: nothing is overwritten; or cannot be made.  folder: an empty one may be
+    there."""
     path = Path(path)
-    if path.exists() and not (folder and path.is_dir() and not any(path.iterdir())):
+    empty = folder and path.is_dir() and not any(path.iterdir())
+    if os.path.lexists(path) and not empty:
         raise UserError(f"{path}: exists already, and nothing is overwritten; choose another name")
+    check_writable(path / "a" if empty else path)
+
+
+def check_ours(path, mark):
+    """Raise UserError unless a file can be written there, over one of ours at most: those have this mark."""
+    check_writable(path)
+    if Path(path).exists():
+        with open(path, "rb") as file:
+            if mark.encode() not in file.read(2**20):
+                raise UserError(f"{path} is something else, and is not written over; choose another name")
+
+
+def check_apart(*paths):
+    """Raise UserError if one of them is another, or lies in it; None is no path."""
+    for a, b in itertools.permutations(filter(None, paths), 2):
+        if Path(a).resolve().is_relative_to(Path(b).resolve()):
+            raise UserError(f"{a}: what is written to {b} takes this place; choose another name")
 
 
 def digest(path):

@@ -21,11 +21,12 @@ def holds(path, settings):
     mine = json.loads(json.dumps(settings))
     try:
         found = json.loads(path.read_text("utf-8"))
-        other = [f"{k} {found.get(k)!r}, not {v!r}" for k, v in mine.items() if found.get(k) != v]
-    except (ValueError, AttributeError):
+        other = [f"{k} {found.get(k)!r:.99}, not {v!r}" for k, v in mine.items() if found.get(k) != v]
+    except (ValueError, AttributeError, RecursionError):
         raise UserError(f"{path} is damaged; choose another --out") from None
     if other:
-        raise UserError(f"{path.parent} holds a run of other settings ({'; '.join(other)})")
+        more = ", ..." * (len(other) > 4)
+        raise UserError(f"{path.parent} holds a run of other settings ({'; '.join(other[:4])}{more})")
     return True
 
 
@@ -55,12 +56,12 @@ class Folder:
             self.lock = lock(self.path / LOCK)
             if holds(self.path, self.settings) and not (resume or again):
                 raise UserError(f"{self.path} holds this run already; --resume goes on with it")
+            for leftover in [*self.path.glob("tmp-*"), *self.checkpoints.glob("tmp-*")]:
+                remove(leftover)
             write_json(self.path / "config.json", self.settings)
             if not resume:
                 remove(self.checkpoints)
             self.checkpoints.mkdir(exist_ok=True)
-            for leftover in [*self.path.glob("tmp-*"), *self.checkpoints.glob("tmp-*")]:
-                remove(leftover)
         except OSError as error:
             raise UserError(f"cannot use {self.path} as a run's folder: {error}") from None
 

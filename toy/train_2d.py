@@ -30,7 +30,7 @@ from tqdm import tqdm
 import sim_core as sim
 from toy import command
 from toy.config import SIGMAS, check, parse_args, resolve, settings
-from toy.files import UserError
+from toy.files import UserError, naming
 from toy.folder import Folder
 from toy.logbook import Diverged, Log, finish
 from toy.metrics import sample_law
@@ -211,7 +211,8 @@ def main(cfg, teach=train_teacher):
     network = make_denoiser(cfg, target).requires_grad_(False) if saved else teach(cfg, target, rng)
     run = Run(cfg, network, rng)
     if saved:
-        run.load_state_dict(saved)
+        with naming(folder.checkpoints):
+            run.load_state_dict(saved)
     seconds = run.history[-1]["seconds"] if saved else time.perf_counter() - start
     teacher, status = target.denoiser if cfg.teacher == "exact" else run.teacher, "interrupted"
     with tqdm(total=cfg.steps, initial=run.step, desc=cfg.target, unit="step", mininterval=0.5) as progress:

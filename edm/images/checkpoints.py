@@ -9,13 +9,14 @@ import hashlib
 import json
 import math
 import pickle
+import re
 import reprlib
 
 import safetensors.torch
 import torch
 
 from edm.images.edm_pickle import read_pickle
-from edm.images.foreign import tell
+from edm.images.foreign import loads, tell
 from edm.images.networks import EDMPrecond
 from toy.files import UserError, naming, replacing
 
@@ -99,7 +100,7 @@ def read_safetensors(path):
     found = digest(metadata["config"], metadata["about"], weights)
     if metadata.get("digest", found) != found:
         raise UserError("damaged: its digest is another than that of its contents")
-    config, about = json.loads(metadata["config"]), json.loads(metadata["about"])
+    config, about = loads(metadata["config"]), json.loads(metadata["about"])
     if not isinstance(config, dict) or not isinstance(about, dict):
         raise UserError("config or about in its metadata is not a dictionary")
     for name in NOTES.keys() & about.keys():
@@ -128,10 +129,10 @@ def integers(value):
 
 
 def word(value):
-    return type(value) is str and len(value) < 2**12 and value.isprintable()
+    return type(value) is str and len(value) < 2**12 and not re.search("[\0-\x1f\x7f-\x9f]", value)
 
 
-NOTES = dict(sigma_init=number(1e-9, 1e9), teacher=word, preset=word, kind=word, shift=number(1e-6, 1e6),
+NOTES = dict(sigma_init=number(5e-324, 1e308), teacher=word, preset=word, kind=word, shift=number(1e-6, 1e6),
              timesteps=integer(1), predicts=lambda value: value in ("noise", "velocity"))  # fmt: skip
 OPTIONS = dict(
     img_resolution=integer(1, 2**10 + 1), img_channels=integer(1), label_dim=integer(0),

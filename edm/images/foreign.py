@@ -5,7 +5,7 @@ import os
 import sys
 from functools import cache
 
-from toy.files import UserError
+from toy.files import UserError, printable
 
 MAX_JSON = 2**24  # bytes: settings, an index of weights, the answers of one participant
 
@@ -32,11 +32,22 @@ def read_json(path):
         text = file.read(MAX_JSON + 1)
     if len(text) > MAX_JSON:
         raise UserError(f"larger than the {MAX_JSON:,} bytes that such a file may have")
-    return json.loads(text.decode("utf-8-sig"))
+    return loads(text.decode("utf-8-sig"))
+
+
+def loads(text):
+    """JSON without NaN; diffusers' own schedulers have -Infinity."""
+    return json.loads(text, parse_constant=number)
+
+
+def number(word):
+    if word == "NaN":
+        raise UserError("NaN in it is no number")
+    return float(word)
 
 
 @cache
 def tell(line, stream="stderr"):
     """Print it once: a command may load a file more than once."""
     if os.environ.get("RANK", "0") == "0":
-        print("".join(c if c.isprintable() else "?" for c in line), file=getattr(sys, stream))
+        print(printable(line), file=getattr(sys, stream))

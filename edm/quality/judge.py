@@ -15,15 +15,17 @@ from edm.quality.metrics import (
     inception_score,
     load_statistics,
 )
-from toy.files import UserError
+from toy.files import UserError, check_apart
 
 
 def feature_network(cfg, data, state):
     if cfg.inception:
         return Inception(cfg.inception, cfg.trust).to(state.device)
     default = Path(cfg.out).with_name(f"classifier-{Path(cfg.data).stem}.safetensors")
+    cache = cfg.classifier or default
+    check_apart(cfg.out, cache)
     with state.main_process_first():  # which trains; the others read its file
-        return classifier_features(data, cfg.classifier or default).to(state.device)
+        return classifier_features(data, cache).to(state.device)
 
 
 def timed(batches, clock):

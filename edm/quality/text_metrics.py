@@ -36,6 +36,10 @@ class Clip:
         self.width, text = self.model.config.projection_dim, self.model.config.text_config
         self.max_tokens = text.max_position_embeddings
         with naming(source):
+            most, sizes = 4 * self.model.config.vision_config.image_size, self.processor.crop_size
+            sizes = [size or 0 for some in (sizes, self.processor.size) for size in dict(some).values()]
+            if max(sizes) > most:
+                raise UserError(f"its images are resized to {max(sizes):,} pixels, more than {most:,}")
             if (size := len(self.tokenizer)) != text.vocab_size:  # without its files it would be an empty one
                 raise UserError(f"its tokenizer has {size} tokens, its model {text.vocab_size}")
             if not (self.images(torch.zeros(1, 3, 8, 8).byte()) * self.texts(["a"])).isfinite().all():

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ import torch
 from edm.images.foreign import read_json
 from edm.text.pixart import PixArtDenoiser, sigma_of_t
 from edm.text.pixart_files import parts_of
-from toy.files import UserError, check_new, naming
+from toy.files import UserError, check_new, naming, replacing
 
 CARD = """A one-step text-to-image generator, distilled by score implicit matching (arXiv:2410.16794).
 
@@ -31,23 +30,20 @@ def write_pipeline(transformer, sigma_init, folder, out):
     """
     out = Path(out)
     check_new(out)
-    with naming(folder / "model_index.json"):
-        index = read_json(folder / "model_index.json")
     classes = {"transformer": "PixArtTransformer2DModel", "scheduler": "EulerDiscreteScheduler"}
-    index |= {"_class_name": "PixArtAlphaPipeline"} | {k: ["diffusers", v] for k, v in classes.items()}
+    known = {"_class_name": "PixArtAlphaPipeline"} | {k: ["diffusers", v] for k, v in classes.items()}
+    with naming(folder / "model_index.json"):
+        index = read_json(folder / "model_index.json") | known
     scheduler, t = one_step_scheduler(transformer, sigma_init)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"tmp-{out.name}-", dir=out.parent) as temporary:
-        new = Path(temporary) / out.name
+    with replacing(out) as new:
         for part in parts_of(transformer)[0]:
             shutil.copytree(folder / part, new / part, copy_function=link)
         transformer.save_pretrained(new / "transformer")
         scheduler.save_pretrained(new / "scheduler")
         (new / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-        (new / "README.md").write_text(
-            CARD.format(name=out.name, sigma_init=sigma_init, t=t), "utf-8", "replace"
-        )
-        new.rename(out)
+        card = CARD.format(name=out.name, sigma_init=sigma_init, t=t)
+        (new / "README.md").write_text(card, "utf-8", "replace")
 
 
 def check_exact(path, about):

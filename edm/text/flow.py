@@ -24,7 +24,7 @@ from edm.images.foreign import read_json
 from edm.text.pixart import LatentDenoiser, PixArtDenoiser
 from toy.files import UserError, naming
 
-CONFIG = "scheduler/scheduler_config.json"
+CONFIG, MAX_TIMESTEPS = "scheduler/scheduler_config.json", 10**5
 FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 OTHERS = tuple(  # these say by prediction_type what they are made for
     f"{name}Scheduler"
@@ -107,6 +107,9 @@ def predictions_of(config):
     for option in ("invert_sigmas", "use_dynamic_shifting"):
         if config.get(option):
             raise UserError(f"{name} with {option} is not supported")
+    steps, betas = config.get("num_train_timesteps", 1000), config.get("trained_betas") or ()
+    if type(steps) is not int or not 1 <= steps <= MAX_TIMESTEPS or len(betas) > MAX_TIMESTEPS:
+        raise UserError(f"its timesteps must be from 1 to {MAX_TIMESTEPS:,}, got {reprlib.repr(steps)}")
     says = config.get("prediction_type", "flow_prediction" if flow_path else "epsilon")
     flow_path = flow_path or bool(config.get("use_flow_sigmas"))
     if says == "epsilon" and not flow_path:
@@ -118,9 +121,6 @@ def predictions_of(config):
             "(flow_prediction with use_flow_sigmas, or a FlowMatch scheduler) are supported"
         )
     shift = config.get("shift" if name in FLOW else "flow_shift", 1.0)
-    steps = config.get("num_train_timesteps", 1000)
     if type(shift) not in (int, float) or not 1e-6 <= shift < 1e6:
         raise UserError(f"its shift must be a positive number, got {reprlib.repr(shift)}")
-    if type(steps) is not int or not 1 <= steps < 2**20:
-        raise UserError(f"num_train_timesteps must be a positive whole number, got {reprlib.repr(steps)}")
     return {"predicts": "velocity", "shift": float(shift), "timesteps": steps}

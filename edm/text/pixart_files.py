@@ -26,6 +26,7 @@ from edm.images.checkpoints import (
 from edm.images.foreign import read_json
 from edm.images.pth import read_pth
 from edm.text.flow import read_predictions
+from edm.text.pixart import decode
 from edm.text.pixart_names import POSITIONS, from_original
 from edm.text.pretrained import pretrained
 from toy.files import UserError, naming
@@ -149,7 +150,12 @@ def load_vae(folder):
     """The AutoencoderKL of a pipeline folder, as `load_transformer` returns a transformer."""
     from diffusers import AutoencoderKL
 
-    return pretrained(AutoencoderKL, folder, "vae", dtype=torch.float32, use_safetensors=True)
+    vae = pretrained(AutoencoderKL, folder, "vae", dtype=torch.float32, use_safetensors=True)
+    with naming(Path(folder, "vae")):
+        decode(vae, torch.zeros(1, vae.config.latent_channels, 2, 2))  # whatever its config says
+        if not vae.config.scaling_factor > 0:
+            raise UserError(f"its scaling_factor is {vae.config.scaling_factor}")
+    return vae
 
 
 def empty(family, config, tensors):

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from edm.images.checkpoints import some
-from edm.images.foreign import read_json
+from edm.images.foreign import read_json, tell
 from toy.files import UserError
 
 MAX_LAYERS, MAX_LEVELS, MAX_SIZE = 64, 8, 2**24  # in a config: of layers, entries of a list, any number
@@ -36,6 +36,8 @@ def pretrained(cls, source, part="", **how):
         model, found = cls.from_pretrained(source, subfolder=part, output_loading_info=True, **how)
         if missing := sorted(found["missing_keys"]):  # they would be made up
             raise UserError(f"missing {some(missing)}")
+        if others := sorted(found["unexpected_keys"]):
+            tell(f"{source}: its {words} has no use for {some(others)} of its files")
         return model.eval().requires_grad_(False)
     except Exception as error:  # damaged files can raise nearly anything, in many lines
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
@@ -68,6 +70,8 @@ def check_numbers(value, name="config"):
             check_numbers(inner, name)
     elif isinstance(value, int) and value > (most := MAX_LAYERS if "layers" in name else MAX_SIZE):
         raise UserError(f"{name} is {value}, more than {most:,}")
+    elif isinstance(value, int) and value < 0 and "layers" in name:
+        raise UserError(f"{name} is {value}")
 
 
 def quiet():

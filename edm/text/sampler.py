@@ -135,7 +135,10 @@ def find_prompts(text):
     """--prompts -> [(number, prompt), ...]."""
     if Path(text).suffix in (".txt", ".jsonl", ".csv"):
         return list(enumerate(read_prompts(text)))
-    if not text.strip():
-        raise UserError("--prompts is empty")
-    letters = text.strip().encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # of a C locale, too
-    return list(enumerate(FIGURE3 if text == "figure3" else [letters]))
+    try:
+        text = text.strip().encode("utf-8", "surrogateescape").decode()  # under a C locale, too
+    except UnicodeError:
+        text = ""
+    if not text:
+        raise UserError("--prompts is empty, or neither UTF-8 nor in the terminal's encoding")
+    return list(enumerate(FIGURE3 if text == "figure3" else [text]))

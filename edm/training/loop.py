@@ -10,7 +10,7 @@ from tqdm import tqdm
 from edm.device import peak_memory, slow_in_bf16
 from edm.training import plots
 from toy.command import stop_on_signal
-from toy.files import UserError
+from toy.files import UserError, naming
 
 LOOKS = 50  # rows of the log
 
@@ -64,9 +64,10 @@ def train(cfg, accelerator, task, run, look, picture, name, score=None):
     state = run.load(accelerator.print) if cfg.resume else None
     start = state["step"] if state else 0
     if state:
-        task.load_state_dict(state)
-        if accelerator.scaler:
-            accelerator.scaler.load_state_dict(state["scaler"])
+        with naming(run.checkpoints):
+            task.load_state_dict(state)
+            if accelerator.scaler:
+                accelerator.scaler.load_state_dict(state["scaler"])
         accelerator.print(f"going on from step {start}")
     every, looks = max(1, cfg.every // cfg.batch), max(1, cfg.steps // LOOKS)
     scores = max(1, cfg.evaluate_every // cfg.batch) if score else 0
