@@ -216,7 +216,9 @@ def test_the_study_in_the_plane_is_quoted_as_it_was_measured():
         assert quoted[arm][targets.index(target)] == expected, (arm, target)
 
 
-@pytest.mark.parametrize("file, mark", [("study", "the study on digits"), ("study-b3", "the study of B.3")])
+@pytest.mark.parametrize("file, mark", [
+    ("study", "the study on digits"), ("study-b3", "the study of B.3"),
+    ("study-start", "the study of sigma_init")])  # fmt: skip
 def test_a_study_on_digits_is_quoted_as_it_was_measured(file, mark):
     found = final(records(f"edm/gallery/{file}.csv"))
     quoted = table_rows(EDM, mark)
@@ -225,6 +227,10 @@ def test_a_study_on_digits_is_quoted_as_it_was_measured(file, mark):
         medians = [f"{statistics.median(scores[name]):.2f}" for name in ("fd", "precision", "recall")]
         assert quoted[arm][:4] == [each, *medians], arm
         assert "follows" not in scores or quoted[arm][4] == f"{statistics.median(scores['follows']):.2f}"
+    if file == "study-start":
+        fd = {(row["arm"], row["step"]): row["fd"] for row in records(f"edm/gallery/{file}.csv")}
+        for arm in set(found) - {"teacher"}:
+            assert quoted[arm][4:] == [f"{fd[arm, step]:.2f}" for step in (100, 150, 200)], arm
 
 
 def test_every_picture_is_shown_and_has_its_command():
