@@ -189,8 +189,8 @@ def verify(teacher):
 
 
 def load(path, data, device):
-    network = from_images if Path(path).is_file() else from_pipeline
-    teacher = (from_python if path.endswith(".py") else network)(path, data)
+    read = from_images if Path(path).is_file() else from_pipeline
+    teacher = from_python(path, data) if path.endswith(".py") else read(path, data)
     if isinstance(teacher.denoiser, torch.nn.Module):
         teacher.denoiser.to(device)
     teacher.device = device

@@ -113,7 +113,7 @@ def parse_args(argv=None):
     add("--teacher-steps", type=int, within="count", help="of every teacher (default: the preset's)")
     behind = "behind every score (default %(default)s)"
     add("--samples", type=int, within=command.at_least(LEAST_IMAGES), default=1797, help=behind)
-    add("--first-seed", type=int, within="seed", default=0, help="(default 0)")
+    add("--first-seed", type=int, within="seed", default=0, help="of them (default %(default)s)")
     workers = "worker processes of one thread each; 0: only report (default: as many as cores)"
     add("--jobs", type=int, within="threads", default=os.cpu_count(), help=workers)
     add("--out", help="folder of the study (default out/edm/study; text: out/edm/study-text)")

@@ -194,9 +194,8 @@ def train(configs, jobs):
 
 def report(args, configs):
     """Write study.csv, study.md and study.png from the records there are; return the summary."""
-    out, records = Path(args.out), {}
-    for key, path in ((key, record_of(cfg)) for key, cfg in configs.items()):
-        records |= {key: read_record(path)} if path.exists() else {}
+    out, paths = Path(args.out), {key: record_of(cfg) for key, cfg in configs.items()}
+    records = {key: read_record(path) for key, path in paths.items() if path.exists()}
     if not records:
         raise UserError(f"nothing is recorded in {out}/runs for these settings")
     rows = [row_of(key, record) for key, record in records.items()]

@@ -202,9 +202,8 @@ def load_zip(path, resolution):
     with naming(path):
         archive = zipfile.ZipFile(path)
     with archive:  # if a size is a lie, zipfile refuses it
-        members = {
-            member.filename.replace("\\", "/"): member for member in archive.infolist()
-        }  # Windows' too
+        # Windows' own zips have backslashes
+        members = {member.filename.replace("\\", "/"): member for member in archive.infolist()}
         sizes = {name: member.file_size for name, member in members.items() if not name.endswith("/")}
         read = lambda name: archive.read(members[name])
         return load_pngs(path, visible(path, sizes), path.stat().st_size, read, resolution)
