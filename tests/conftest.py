@@ -26,6 +26,18 @@ def pytest_addoption(parser):
         "with -m slow: all mutants, instants of death, released kinds and hostile files, not a share; hours"
     )
     parser.addoption("--thorough", action="store_true", help=words)
+    parser.addoption("--device", default="cpu", help="of tests/test_anywhere.py, such as cuda (default cpu)")
+    parser.addoption("--dtype", default="float64", help="likewise, such as bfloat16 (default float64)")
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    return request.config.getoption("--device")
+
+
+@pytest.fixture(scope="session")
+def dtype(request):
+    return request.config.getoption("--dtype")
 
 
 @pytest.fixture

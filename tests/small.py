@@ -129,7 +129,7 @@ def stirred(task):
     for name in ("fake", "generator"):
         trainee = getattr(task, name)
         for p in trainee.network.parameters():
-            nudge = 0.05 * torch.randn(p.shape, dtype=p.dtype)
+            nudge = (0.05 * torch.randn(p.shape, dtype=p.dtype)).to(p.device)
             if trainee.sharded:
                 nudge = distribute_tensor(nudge, p.device_mesh, p.placements)
             p.data += nudge
