@@ -27,6 +27,7 @@ computed in float32, wrong inputs raise ValueError.  (B.3) is the paper's; READM
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, reduce, wraps
 
@@ -232,14 +233,14 @@ def score_projection(u: Tensor, score: Tensor, conditional_score: Tensor) -> Ten
 
 
 @_formula
-def sim_loss(fake: Tensor, teacher: Tensor, target: Tensor, distance) -> Tensor:
+def sim_loss(fake: Tensor, teacher: Tensor, target: Tensor, distance: str | Distance) -> Tensor:
     """The SIM surrogate: -d'(y)^T (fake - target), y = fake - teacher (A.4 with u = d'(y)).  Its value has
     no minimum; its gradient descends E d(y), and flows inside d'(y), too."""
     return -_dot(make_distance(distance).grad(fake - teacher), fake - target)
 
 
 @_formula
-def full_loss(fake: Tensor, teacher: Tensor, target: Tensor, distance) -> Tensor:
+def full_loss(fake: Tensor, teacher: Tensor, target: Tensor, distance: str | Distance) -> Tensor:
     """`sim_loss` + d(y): its gradient is that of E d(y) with the law of xt moving, too; d(y) along xt, the
     scores' parameters stopped, is what the theorem leaves out.  Equal to SIM's where the scores agree (if
     d'(0) = 0: both are 0).  For squared L2, `sid_loss` at alpha = 1/2 is half of it."""
@@ -278,7 +279,8 @@ def weigh(loss: Tensor, weight: float | Tensor) -> Tensor:
 
 
 # --- Losses on networks: the two updates of Algorithm 2.
-def predictions(teacher, fake, x0: Tensor, sigma: Tensor, noise: Tensor, space="denoised", **cond) -> tuple:
+def predictions(teacher: Callable, fake: Callable, x0: Tensor, sigma: Tensor, noise: Tensor, space="denoised",
+                **cond) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """What both networks say of xt = x0 + sigma * noise, and what is true -> (fake, teacher, target):
 
         denoised  (D_psi, D_q, x0),   noise  (eps_psi, eps_q, noise),   score  (s_psi, s_q, -noise / sigma)
@@ -292,23 +294,21 @@ def predictions(teacher, fake, x0: Tensor, sigma: Tensor, noise: Tensor, space="
     return tuple(to_space(denoised, xt, sigma, space) for denoised in said)
 
 
-def fake_loss(fake, x0: Tensor, sigma: Tensor, noise: Tensor, weight=1.0, **cond) -> Tensor:
+def fake_loss(fake: Callable, x0: Tensor, sigma: Tensor, noise: Tensor, weight=1.0, **cond) -> Tensor:
     """psi's update: `denoising_loss` of fake(xt, sigma) on x0; gradient to the fake's parameters alone."""
     x0 = x0.detach()  # sg: psi learns where theta is; theta must not come to meet it
     return denoising_loss(fake(add_noise(x0, sigma, noise), sigma, **cond), x0, weight)
 
 
-def generator_loss(
-    teacher, fake, x0: Tensor, sigma: Tensor, noise: Tensor, distance, space="denoised", *, weight=1.0, **cond
-) -> Tensor:
+def generator_loss(teacher: Callable, fake: Callable, x0: Tensor, sigma: Tensor, noise: Tensor,
+                   distance: str | Distance, space="denoised", *, weight=1.0, **cond) -> Tensor:  # fmt: skip
     """theta's update: weight * `sim_loss` of the `predictions`; weight a number or (B,).  Only differences
     count (not their sign: d' is odd), so spaces differ by powers of sigma alone."""
     return weigh(sim_loss(*predictions(teacher, fake, x0, sigma, noise, space, **cond), distance), weight)
 
 
-def density_loss(
-    teacher, fake, x0: Tensor, sigma: Tensor, noise: Tensor, distance, space="denoised", **cond
-) -> Tensor:
+def density_loss(teacher: Callable, fake: Callable, x0: Tensor, sigma: Tensor, noise: Tensor,
+                 distance: str | Distance, space="denoised", **cond) -> Tensor:  # fmt: skip
     """SIM with theta in the density of xt instead of on its path: right for jumps of d' too.
 
         sg(l) log q(xt | x0) + l  at fixed xt,    l = -sg(d'(y))^T (fake - target)
@@ -330,7 +330,7 @@ def _levels(level, draw, n, generator=None, device=None, dtype=None):
     return sigma.clamp(info.tiny * info.eps, info.max).to(dtype)
 
 
-def lognormal_sigma(n: int, mean, std, sigma_min=0.0, sigma_max=math.inf, **how) -> Tensor:
+def lognormal_sigma(n: int, mean: float, std: float, sigma_min=0.0, sigma_max=math.inf, **how) -> Tensor:
     """n draws of exp(N(mean, std^2)), clipped to [sigma_min, sigma_max] (B.5; B.3's range): not redrawn, what
     falls outside stays, at the ends.  how: generator, device, dtype."""
     if not (0 <= sigma_min <= sigma_max and sigma_max > 0 and 0 <= std < math.inf and math.isfinite(mean)):

@@ -11,7 +11,11 @@ real neural generator.  Everything measured here calls `sim_core` as training do
 import math
 import sys
 import time
+from argparse import Namespace
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -42,7 +46,7 @@ VISIBLE = 1e-2  # what a wrong variant must be off by, at least
 SHAPES = {"2": ((2,), 5000), "3x8x8": ((3, 8, 8), 1000)}  # Monte Carlo: of one sample, samples in a batch
 
 
-def check_distance(bed, name):
+def check_distance(bed: TestBed, name: str) -> dict[str, Any]:
     """A row of the table: right forms against the objective, and the wrong ones."""
     d, nodes, tolerance = ROWS[name]
     row = {"nodes": nodes, "tolerance": tolerance}
@@ -66,13 +70,13 @@ def check_distance(bed, name):
     return row | {"verdict": holds if row["ok"] else "FAILS"}
 
 
-def full_error(bed, d, space, nodes):
+def full_error(bed: TestBed, d: sim.Distance, space: str, nodes: int) -> float:
     """Of full_loss, against the derivative of E d(y) with nothing stopped: law and score both live."""
     everything = bed.gradient(bed.objective(d, space, law_moves=True), nodes)
     return relative(bed.gradient(bed.on_triple(partial(sim.full_loss, distance=d), space), nodes), everything)
 
 
-def check_projection(seed):
+def check_projection(seed: int) -> list[tuple[str, float, float]]:
     """(A.1): E u^T (s_p - grad log q) = 0 for random smooth u, relative to its own scale."""
     checks = []
     for dim, nodes in ((1, 400), (2, 200), (3, 88)):
@@ -93,7 +97,7 @@ def check_projection(seed):
     return checks
 
 
-def check_neighbours(bed, nodes):
+def check_neighbours(bed: TestBed, nodes: int) -> tuple[list[tuple[str, float, float]], dict[str, float]]:
     """Diff-Instruct and SiD; and how far the theorem's gradient is from the full one."""
     l2, kl = sim.SquaredL2(), bed.gradient(bed.kl, nodes)
     diff_instruct = bed.gradient(bed.on_triple(sim.diff_instruct_loss, "denoised"), nodes)
@@ -112,7 +116,7 @@ def check_neighbours(bed, nodes):
     return checks, {"relative_difference": relative(stopped, full), "cosine": cosine}
 
 
-def check_monte_carlo(seed, shape, batches, batch):
+def check_monte_carlo(seed: int, shape: tuple[int, ...], batches: int, batch: int) -> dict[str, Any]:
     """Squared L2 with a Gaussian latent and an affine generator, whose objective is a closed form.
 
     `mean` +- `standard_error` of <g_hat, g> / |g|^2, which must be 1; `errors` of the running mean
@@ -158,7 +162,7 @@ def check_monte_carlo(seed, shape, batches, batch):
     }
 
 
-def convergence(bed, name, grids):
+def convergence(bed: TestBed, name: str, grids: list[int]) -> dict[str, list[float]]:
     """{form: error per grid} of the surrogate and L1's density form, against the finest grid's objective."""
     d = ROWS[name][0]
     forms = {name: bed.surrogate(d)}
@@ -168,7 +172,7 @@ def convergence(bed, name, grids):
     return {label: [relative(bed.gradient(form, n), truth) for n in grids] for label, form in forms.items()}
 
 
-def figure(path, grids, curves, rows, monte_carlo):
+def figure(path: str | Path, grids: list[int], curves: dict, rows: dict, monte_carlo: dict) -> None:
     """Left: error against quadrature nodes, wrong variants as flat lines.  Right: against samples."""
     fig = Figure(figsize=(11.5, 4.4), layout="constrained")
     left, right = fig.subplots(1, 2, width_ratios=(1.5, 1))
@@ -202,7 +206,7 @@ COLUMNS = """
 """
 
 
-def print_report(rows, checks, extra, monte_carlo):
+def print_report(rows: dict, checks: list, extra: dict[str, float], monte_carlo: dict) -> None:
     """Every number and its verdict."""
 
     def cells(show):
@@ -229,17 +233,17 @@ def print_report(rows, checks, extra, monte_carlo):
   Per sample, the density form is noisier by a factor {noise}.""")
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     quick = "a coarser figure, fewer samples: half a minute, same verdicts"
     how = dict(seed="of generator, teacher and latents", quick=quick)
     return command.parse_report(__doc__, argv, "verify_identity.png", "full_gradient", **how)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     return command.run(lambda: verify(parse_args(argv)))
 
 
-def verify(args):
+def verify(args: Namespace) -> int:
     """All checks -> the exit code."""
     torch.set_num_threads(args.threads or torch.get_num_threads())
     start, bed = time.perf_counter(), TestBed(args.seed)

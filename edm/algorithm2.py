@@ -1,9 +1,14 @@
 """Algorithm 2: the two updates of a step, for images and text-to-image alike."""
 
 import copy
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn import Module
 
 import sim_core as sim
 from edm.training.trainee import Batches, MovingAverage, Trainee, generator_of, schedule, shard
@@ -21,7 +26,8 @@ class Distiller:
     condition  condition(random generator, n) -> dict of tensors (n, ...), the cond of n samples
     """
 
-    def __init__(self, cfg, accelerator, teacher, fake, generator, condition):
+    def __init__(self, cfg: Any, accelerator: Accelerator, teacher: Module, fake: Module, generator: Module,
+                 condition: Callable):  # fmt: skip
         self.cfg, self.accelerator, self.device = cfg, accelerator, accelerator.device
         self.shape, self.sigma_data, self.condition = fake.shape, fake.sigma_data, condition
         betas, sharded = (cfg.beta1, cfg.beta2), cfg.sharding == "fsdp"
@@ -35,28 +41,28 @@ class Distiller:
         self.edges = torch.tensor(self.bins, device=self.device, dtype=torch.float32)
         self.gaps = self.edges.new_zeros(2, len(self.bins) + 1)  # sums and counts by sigma
 
-    def weight(self, weighting, sigma, triple=None):
+    def weight(self, weighting: str, sigma: Tensor, triple: tuple | None = None) -> float | Tensor:
         """Of either loss, by name; w_SiD, theta's, needs what the networks say."""
         space = "denoised" if triple is None else self.cfg.space  # psi's loss is of denoised images
         return sim.WEIGHTINGS[weighting](triple, sigma, space, self.sigma_data)
 
     # What text-to-image does otherwise.
 
-    def fake_cond(self, draw, i):
+    def fake_cond(self, draw: dict[str, Any], i: int) -> dict[str, Tensor]:
         """The cond under which psi learns."""
         return draw["cond"][i]
 
-    def judge(self, network):
+    def judge(self, network: Module) -> Module:
         """psi as it judges the generator."""
         return network
 
     # Algorithm 2.
 
-    def draw_sigma(self, which, rng):
+    def draw_sigma(self, which: str, rng: torch.Generator) -> Tensor:
         draw = sigma_sampler(self.cfg, sim.SIGMA_DISTRIBUTIONS, which)
         return draw(self.cfg.batch, generator=rng, dtype=torch.float32)
 
-    def draw(self, *numbers):
+    def draw(self, *numbers) -> dict[str, Any]:
         """Latents, conditions, and both updates' noise levels and noise, as lists of micro-batches."""
         rng, n = generator_of(self.device, self.cfg.seed, *numbers), self.cfg.batch
         how = dict(device=self.device, dtype=torch.float32)
@@ -74,7 +80,7 @@ class Distiller:
         parts["cond"] = [{name: t[i] for name, t in cond.items()} for i in range(self.batches.count)]
         return parts
 
-    def step(self, n):
+    def step(self, n: int) -> dict[str, Tensor]:
         """Step n: the online network's updates, then the generator's.  Returns numbers, on the device.
 
         cfg.share saves a forward and costs a bias: theta's gradient g is judged where psi has just learned.
@@ -101,13 +107,13 @@ class Distiller:
         levels = torch.cat([*levels, draw["levels"]])  # a NaN among them is found where the log is
         return numbers | {"sigma_min": levels.min(), "sigma_max": levels.max()}
 
-    def images(self, draw, keep_graph):
+    def images(self, draw: dict[str, Any], keep_graph: bool) -> list[Tensor]:
         """x0 = g(z) of every micro-batch."""
         generator = self.generator.wrapped if keep_graph else self.generator.network
         with torch.set_grad_enabled(keep_graph), self.accelerator.autocast():
             return [generator(z, **cond) for z, cond in zip(draw["z"], draw["cond"])]
 
-    def update_fake(self, draw, images, seen):
+    def update_fake(self, draw: dict[str, Any], images: list[Tensor], seen: int) -> tuple[Tensor, Tensor]:
         """psi: denoise the generator's samples (B.2)."""
 
         def loss(i):
@@ -117,7 +123,9 @@ class Distiller:
 
         return self.fake.update(loss, self.batches.count, seen)
 
-    def update_generator(self, draw, images, seen):
+    def update_generator(
+        self, draw: dict[str, Any], images: list[Tensor] | None, seen: int
+    ) -> tuple[Tensor, Tensor]:
         """theta: descend the surrogate, through the frozen teacher and online network."""
 
         def loss(i):
@@ -142,18 +150,18 @@ class Distiller:
         where = torch.bucketize(sigma, self.edges)
         self.gaps.index_add_(1, where, torch.stack([gap, torch.ones_like(gap)]))
 
-    def gap_by_sigma(self):
+    def gap_by_sigma(self) -> dict[str, float]:
         """Mean ||D_psi - D_q|| per bin of sigma since the last call; NaN where there was none."""
         sums, counts = self.accelerator.reduce(self.gaps).cpu()
         self.gaps.zero_()
         edges = ("0", *(f"{edge:g}" for edge in self.bins), "inf")
         return {f"gap_{a}_{b}": (s / c).item() for a, b, s, c in zip(edges, edges[1:], sums, counts)}
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return {"fake": self.fake.state_dict(), "generator": self.generator.state_dict(),
                 "ema": self.ema.state_dict(), "gaps": self.gaps}  # fmt: skip
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.fake.load_state_dict(state["fake"])
         self.generator.load_state_dict(state["generator"])
         self.ema.load_state_dict(state["ema"])

@@ -3,7 +3,9 @@
 import argparse
 import atexit
 import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import distributed
 
@@ -242,13 +244,13 @@ MACHINE = "out resume device compile sharding threads keep micro_batch checkpoin
 EVALUATION = "data samples evaluate_every".split()
 
 
-def settings(cfg):
+def settings(cfg: Training) -> dict[str, Any]:
     """What decides the networks that a run trains, ready for JSON."""
     others = MACHINE + (EVALUATION if isinstance(cfg, Algorithm2) else [])
     return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in others}
 
 
-def check(cfg):
+def check(cfg: Training) -> None:
     """Refuse impossible settings, each by its name.  Raises UserError."""
     check_ranges(cfg)
     if isinstance(cfg, Algorithm2):
@@ -264,7 +266,7 @@ def check(cfg):
 NAMES = ("sigma_distribution", "fake_sigma_distribution")
 
 
-def fitting(preset, /, method="sim", distance="pseudo_huber", **others):
+def fitting(preset: dict[str, Any], /, method="sim", distance="pseudo_huber", **others) -> dict[str, Any]:
     """A preset's values, without its c where another loss is chosen, which takes none, and without its mean
     and standard deviation of levels where levels are chosen by name."""
     unfit = [] if method in ("sim", "full") and distance == "pseudo_huber" else ["c"]
@@ -273,7 +275,7 @@ def fitting(preset, /, method="sim", distance="pseudo_huber", **others):
     return {name: value for name, value in preset.items() if name not in unfit}
 
 
-def parse(cls, description, argv=None, presets=None):
+def parse(cls: type, description: str, argv: Sequence[str] | None = None, presets: dict | None = None) -> Any:
     """Command line -> cls, a dataclass of options.  presets: {name: {field: value}}, for --preset."""
     parser = Parser(description)
     add_options(parser, cls)
@@ -283,14 +285,15 @@ def parse(cls, description, argv=None, presets=None):
     return cls(**vars(parser.parse_args(argv)))
 
 
-def end_group():
+def end_group() -> None:
     """torchrun's processes end what connects them before they exit: threads left running may abort one, in
     torch 2.13 four of 14 runs of six processes on a CPU."""
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 
 
-def command_line(main, cls, description, argv=None, presets=None):
+def command_line(main: Callable, cls: type, description: str, argv: Sequence[str] | None = None,
+                 presets: dict | None = None) -> int:  # fmt: skip
     """Parse, run main(cfg), return the exit code: 2 and one line for a wrong input."""
     atexit.register(end_group)
     return run(lambda: main(parse(cls, description, argv, presets)))

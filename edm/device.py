@@ -6,9 +6,11 @@ a test follows every step and looks for float64 on the device.
 
 import os
 import sys
+from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from toy.files import UserError
@@ -18,7 +20,7 @@ TORCHRUN = "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR"
 THEIRS = "ACCELERATE_", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"  # how these begin
 
 
-def processes():
+def processes() -> int:
     """How many torchrun has started, this one among them.  UserError for half of its variables.  What else
     accelerate would follow, MPI's too, is named and taken away."""
     if theirs := sorted(name for name in os.environ if name.startswith(THEIRS)):
@@ -34,7 +36,7 @@ def processes():
     return int(several)
 
 
-def find_device(wanted):
+def find_device(wanted: str) -> str:
     """--device -> "cuda", "mps" or "cpu".  auto: the first of these that is here.  Raises UserError.
 
     MPS is one device, and knows no collective operations: several processes do not get it.
@@ -50,17 +52,17 @@ def find_device(wanted):
     return wanted
 
 
-def slow_in_bf16(kind):
+def slow_in_bf16(kind: str) -> bool:
     """Whether "cpu" here lacks what makes bf16 fast: without AVX-512, convolutions are five times slower."""
     return kind == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
-def finest(device):
+def finest(device: str | torch.device) -> torch.dtype:
     """The most exact type of the device: float64, or float32 where there is no other."""
     return torch.float32 if torch.device(device).type in WITHOUT_FLOAT64 else torch.float64
 
 
-def exact(tensor):
+def exact(tensor: Tensor) -> Tensor:
     """In float64, on its device or, if that has none, on the CPU."""
     return (tensor.cpu() if tensor.device.type in WITHOUT_FLOAT64 else tensor).double()
 
@@ -75,13 +77,13 @@ class Single(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def synchronise(device):
+def synchronise(device: torch.device) -> None:
     """Wait until the device has done what it was told."""
     if device.type in ("cuda", "mps"):
         getattr(torch, device.type).synchronize()
 
 
-def peak_memory(device):
+def peak_memory(device: Any) -> int:
     """Bytes: of the GPU, or of the process.  MPS knows no peak: what is held now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -95,7 +97,7 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def total_memory(device):
+def total_memory(device: Any) -> float:
     """Bytes that there are for everything."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]

@@ -9,6 +9,10 @@ ROOT = Path(__file__).parents[1]
 BESIDE = ["config", "device"]  # of edm, lowest first; each may know those before it
 SHARED = ("files", "folder", "command")  # of toy, which edm uses
 ROOMS = ["images", "training", "text", "quality"]  # likewise, above these
+# Commands and the course, as in pyproject.toml; what others import has type hints.
+UNTYPED = """benchmark check_teacher checkpoints compare_digits distill distill_pixart evaluate
+example_teacher preference_study prompts sample sample_pixart train_teacher classroom compare_2d exercises
+explore marking mistakes sim_in_one_page solutions test_bed"""
 FILES = [*ROOT.glob("*.py"), *ROOT.glob("toy/*.py"), *ROOT.glob("edm/**/*.py")]
 
 
@@ -60,6 +64,28 @@ def test_rooms_are_no_commands():
     for path in ROOT.glob("edm/*.py"):
         if path.stem not in ("__init__", "algorithm2", "example_teacher", *BESIDE):
             assert '__name__ == "__main__"' in path.read_text(), path
+
+
+def public(nodes):
+    """Functions that others may call, and how their objects are made."""
+    for node in nodes:
+        if isinstance(node, ast.FunctionDef) and (node.name[0] != "_" or node.name == "__init__"):
+            yield node
+        elif isinstance(node, ast.ClassDef) and node.name[0] != "_":
+            yield from public(node.body)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: "/".join(name_of(path)))
+def test_arguments_have_hints(path):
+    """Where results have them (ruff's ANN201 with its exceptions): all but those whose default says it."""
+    if path.stem in UNTYPED.split() and name_of(path)[1] != "images":
+        return
+    for function in public(ast.parse(path.read_text("utf-8")).body):
+        given = function.args
+        named = [*given.posonlyargs, *given.args][: -len(given.defaults) or None]
+        named += [a for a, default in zip(given.kwonlyargs, given.kw_defaults) if default is None]
+        bare = [a.arg for a in named if not a.annotation and a.arg not in ("self", "cls")]
+        assert not bare, f"line {function.lineno}: {bare}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: "/".join(name_of(path)))

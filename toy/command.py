@@ -6,10 +6,11 @@ import math
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -43,17 +44,17 @@ RANGES = {
 }
 
 
-def at_least(low):
+def at_least(low: int) -> Range:
     return RANGES["many"]._replace(low=low, words=f"at least {low}")
 
 
-def option(default, help, choices=None, **more):
+def option(default: Any, help: str, choices: Iterable[str] | None = None, **more) -> Any:
     """A field of a settings dataclass.  more: within, of RANGES; the rest as for argparse's add_argument."""
     more |= {"help": help} | ({"choices": tuple(choices)} if choices else {})
     return dataclasses.field(default=default, metadata=more)
 
 
-def refuse(flag, values, within=None):
+def refuse(flag: str, values: Any, within: str | Range | None = None) -> None:
     """Raise UserError for an empty text, an endless number, or one out of its range."""
     within = RANGES.get(within, within)
     for value in values if isinstance(values, (list, tuple)) else [values]:
@@ -66,18 +67,18 @@ def refuse(flag, values, within=None):
             raise UserError(f"{flag} must be {words}, got {value}")
 
 
-def flag_of(name):
+def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def check_ranges(cfg):
+def check_ranges(cfg: Any) -> None:
     """Refuse settings out of their ranges, each by its option's name.  Raises UserError."""
     for f in dataclasses.fields(cfg):
         if not f.metadata.get("const") == getattr(cfg, f.name) == "":  # an option without its value
             refuse(flag_of(f.name), getattr(cfg, f.name), f.metadata.get("within"))
 
 
-def sigma_sampler(cfg, named, which=""):
+def sigma_sampler(cfg: Any, named: dict[str, Callable], which="") -> Callable:
     """draw(n, ...) of noise levels: those of `named` that --[fake-]sigma-distribution says, or in their place
     the log-normal of --[fake-]sigma-mean and -std.  which: "" or "fake_".  UserError for half of it."""
     name, mean, std = (getattr(cfg, f"{which}sigma_{part}") for part in ("distribution", "mean", "std"))
@@ -86,7 +87,7 @@ def sigma_sampler(cfg, named, which=""):
     return named[name] if mean is None else partial(sim.lognormal_sigma, mean=mean, std=std)
 
 
-def surrogate(cfg):
+def surrogate(cfg: Any) -> Callable:
     """--method and its parameters: a loss of (fake, teacher, target), for density of networks.  UserError
     for what does not go together."""
     given = {k: getattr(cfg, k) for k in ("c", "delta", "alpha", "beta") if getattr(cfg, k) is not None}
@@ -107,7 +108,7 @@ def surrogate(cfg):
 class Parser(argparse.ArgumentParser):
     """argparse with ranges, and errors of one line."""
 
-    def __init__(self, description=None, **more):
+    def __init__(self, description: str | None = None, **more):
         self.within = {}
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):  # a notebook's has not
@@ -116,12 +117,14 @@ class Parser(argparse.ArgumentParser):
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **more
         )
 
-    def add_argument(self, *flags, within=None, **more):
+    def add_argument(self, *flags, within: str | Range | None = None, **more) -> argparse.Action:
         action = super().add_argument(*flags, **more)
         self.within[action] = within
         return action
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
         found, rest = super().parse_known_args(args, namespace)
         for action, within in self.within.items():
             value = getattr(found, action.dest, None)
@@ -129,12 +132,12 @@ class Parser(argparse.ArgumentParser):
                 refuse((action.option_strings or [action.dest])[-1], value, within)
         return found, rest
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         message = " ".join(message.split())
         self.exit(2, f"{self.prog}: error: {message if len(message) < 300 else message[:300] + ' ...'}\n")
 
 
-def add_options(parser, cls):
+def add_options(parser: Parser, cls: type) -> None:
     """The fields of a settings dataclass, in their order."""
     for f in dataclasses.fields(cls):
         about = dict(f.metadata)
@@ -146,7 +149,9 @@ def add_options(parser, cls):
         parser.add_argument(flag_of(f.name), default=f.default, **about)
 
 
-def parse_report(description, argv, picture, mark, **help):
+def parse_report(
+    description: str | None, argv: Sequence[str] | None, picture: str, mark: str, **help
+) -> argparse.Namespace:
     """The command line of a check that leaves a picture in --out and, with --json, its numbers -> Namespace.
 
     mark: a text that its JSON has, and no other file's.  What cannot be written is refused before the work.
@@ -170,7 +175,7 @@ def parse_report(description, argv, picture, mark, **help):
     return args
 
 
-def run(work, interrupted="interrupted"):
+def run(work: Callable, interrupted="interrupted") -> int:
     """work() -> the exit code: what it returns, 2 and one line for a wrong input, 130 for Ctrl-C."""
     name = os.path.basename(sys.argv[0])
     try:
@@ -191,7 +196,7 @@ def run(work, interrupted="interrupted"):
 
 
 @contextmanager
-def stop_on_signal():
+def stop_on_signal() -> Iterator[list[int]]:
     """Yields a list that Ctrl-C, SIGTERM or SIGHUP appends to, so that training ends between two steps."""
     received = []
 

@@ -1,7 +1,9 @@
 """The settings of a 2-D run: one dataclass, its presets, its command line, its checks."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -105,7 +107,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-def parse_args(description, argv=None):
+def parse_args(description: str | None, argv: Sequence[str] | None = None) -> tuple[Config, str]:
     """Command line -> (Config, name of the run)."""
     parser = Parser(description)
     parser.add_argument(
@@ -118,7 +120,7 @@ def parse_args(description, argv=None):
     return Config(**args), preset
 
 
-def resolve(cfg, preset="default"):
+def resolve(cfg: Config, preset="default") -> Config:
     """Fill in what depends on other settings: sizes by target, out by all that differs from the preset."""
     usual = dataclasses.asdict(dataclasses.replace(Config(target=cfg.target), **PRESETS[preset]))
     given = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in MACHINE and v != usual[k]}
@@ -129,18 +131,18 @@ def resolve(cfg, preset="default"):
     return dataclasses.replace(cfg, **{k: v for k, v in filled.items() if getattr(cfg, k) is None})
 
 
-def settings(cfg):
+def settings(cfg: Config) -> dict[str, Any]:
     """What decides the numbers of a run."""
     return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in MACHINE}
 
 
-def find_device(name):
+def find_device(name: str) -> str:
     """auto: the first of CUDA, MPS and the CPU that is here.  Others stay what they are."""
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     return next(kind for kind in here if here[kind]) if name == "auto" else name
 
 
-def check(cfg):
+def check(cfg: Config) -> None:
     """Refuse impossible settings before any work, each by its name.  Raises UserError."""
     check_ranges(cfg)
     if cfg.method == "density" and cfg.weighting != "one":

@@ -17,6 +17,8 @@ bed (toy/test_bed.py) r is known, and every expectation is a number.
 import math
 import sys
 import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,11 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import sim_core as sim
 from toy import command, f_ring
-from toy.f_family import F_DISTILL, ROWS
+from toy.f_family import F_DISTILL, ROWS, Divergence
 from toy.files import replacing, write_json
 from toy.plots import png
 from toy.test_bed import SIGMA, TestBed, flat, plane, relative
@@ -47,25 +50,27 @@ class Bed(TestBed):
 
     sigma = SIGMA
 
-    def quadrature(self, means, nodes, reach=14.0):
+    def quadrature(
+        self, means: Tensor, nodes: int, reach=14.0
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """E over k and noise: (weights, x0, noise, sigma) for each k."""
         noise, cell = plane(reach, nodes, self.dim)
         weight = cell * torch.exp(-noise.square().sum(1) / 2) / (2 * math.pi) ** (self.dim / 2)
         for mean, pi in zip(means, self.pi):
             yield pi * weight, mean.expand_as(noise), noise, torch.full_like(weight, self.sigma)
 
-    def ratio(self, means, xt, sigma):
+    def ratio(self, means: Tensor, xt: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
         """r (B,) and y (B, D) at xt."""
         law, q = self.law(means), self.teacher
         r = (law.log_density(xt, sigma) - q.log_density(xt, sigma)).exp()
         return r, law.score(xt, sigma) - q.score(xt, sigma)
 
-    def on_plane(self, means, reach=12.0):
+    def on_plane(self, means: Tensor, reach=12.0) -> tuple[Tensor, Tensor, Tensor]:
         """Fixed points x: (q(x) dx, r, y), everything live in means."""
         x, cell = plane(4 + reach * self.sigma, NODES, self.dim)
         return self.teacher.log_density(x, self.sigma).exp() * cell, *self.ratio(means, x, self.sigma)
 
-    def plane_gradient(self, integrands):
+    def plane_gradient(self, integrands: Callable) -> list[Tensor]:
         """d/dtheta of the integrals of integrand(q dx, r, y) over fixed x: theta is in the densities."""
         means = self.net(self.z)
         values = [integrand.sum() for integrand in integrands(*self.on_plane(means))]
@@ -74,7 +79,7 @@ class Bed(TestBed):
 
     # The integrands of the right sides: theta is in xt.
 
-    def moves(self, h):
+    def moves(self, h: Callable) -> Callable:
         """(1): sg(h(r) y)^T xt."""
 
         def integrand(x0, noise, sigma, means):
@@ -84,7 +89,7 @@ class Bed(TestBed):
 
         return integrand
 
-    def weighted(self, h, slope, stop=False):
+    def weighted(self, h: Callable, slope: Callable, stop=False) -> Callable:
         """(2), `sim.score_projection` with u = -2 h(r) y, and what the moving law adds."""
 
         def integrand(x0, noise, sigma, means):
@@ -97,7 +102,7 @@ class Bed(TestBed):
         return integrand
 
 
-def formula_error(row):
+def formula_error(row: Divergence) -> float:
     """f'' and h against autograd's derivatives of f."""
     r = torch.logspace(-2, 2, 41, dtype=torch.float64, requires_grad=True)
     (first,) = torch.autograd.grad(row.f(r).sum(), r, create_graph=True)
@@ -108,7 +113,7 @@ def formula_error(row):
     return max(worst.item(), abs(row.f(torch.ones(1)).item()))
 
 
-def along_sigma(bed, what, nodes=16):
+def along_sigma(bed: Bed, what: Callable, nodes=16) -> Tensor:
     """The integral of what(bed) over sigma between LEVELS, by Gauss' rule in log sigma."""
     span, total = math.log(LEVELS[1] / LEVELS[0]), 0
     for node, weight in zip(*np.polynomial.legendre.leggauss(nodes)):
@@ -118,7 +123,7 @@ def along_sigma(bed, what, nodes=16):
     return total
 
 
-def difference(bed, what):
+def difference(bed: Bed, what: Callable) -> Tensor:
     """what(bed) at sigma_0, minus that at sigma_1."""
     at = {}
     for bed.sigma in LEVELS:
@@ -127,7 +132,7 @@ def difference(bed, what):
     return at[LEVELS[0]] - at[LEVELS[1]]
 
 
-def integral_errors(bed):
+def integral_errors(bed: Bed) -> dict[str, float]:
     """(3), both sides -> the relative error of each row."""
     means = bed.net(bed.z).detach()
 
@@ -145,7 +150,7 @@ def integral_errors(bed):
     return dict(zip(ROWS, errors.abs().tolist()))
 
 
-def check(seed):
+def check(seed: int) -> dict[str, dict[str, float]]:
     """The three lines for every row -> {name: {column: error}}."""
     bed = Bed(seed)
     truth = [
@@ -170,7 +175,7 @@ def check(seed):
     return table
 
 
-def check_neighbours(seed):
+def check_neighbours(seed: int) -> tuple[list[tuple[str, float, float]], float]:
     """What is published, in this family -> [(what, error, tolerance)], and how far SIM is from the KL."""
     bed, kl, l2 = Bed(seed), ROWS["kl"], sim.SquaredL2()
 
@@ -212,7 +217,7 @@ COLUMNS = """
 """
 
 
-def worst_of(tables):
+def worst_of(tables: Sequence[dict]) -> dict[str, dict[str, float]]:
     """Tables of several seeds -> one: right columns at their worst, wrong ones at their best; verdicts."""
     rows = {}
     for name in ROWS:
@@ -224,7 +229,7 @@ def worst_of(tables):
     return rows
 
 
-def print_report(rows, checks, off):
+def print_report(rows: dict[str, dict], checks: list[tuple[str, float, float]], off: float) -> None:
     print(FORMULAS)
     for name, row in ROWS.items():
         f, second, h = row.text
@@ -243,17 +248,17 @@ def print_report(rows, checks, off):
   integral over sigma is off the KL's gradient by {off:.0%}.""")
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     quick = "one seed instead of three: same verdicts, a third of the time"
     how = dict(seed="the first of the seeds", quick=quick)
     return command.parse_report(__doc__, argv, "f_divergences.png", "f_divergences", **how)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     return command.run(lambda: report(parse_args(argv)))
 
 
-def report(args):
+def report(args: Namespace) -> int:
     """All checks, then the ring -> the exit code."""
     torch.set_num_threads(args.threads or torch.get_num_threads())
     begun, seeds = time.perf_counter(), range(args.seed, args.seed + (1 if args.quick else 3))

@@ -19,7 +19,7 @@ class Divergence(NamedTuple):
     second: Callable[[Tensor], Tensor]
     h: Callable[[Tensor], Tensor]
 
-    def slope(self, r):
+    def slope(self, r: Tensor) -> Tensor:
         """(h + r h')(r), the derivative of r h(r)."""
         return torch.func.jvp(lambda r: r * self.h(r), (r,), (torch.ones_like(r),))[1]
 

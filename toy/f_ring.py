@@ -6,14 +6,17 @@ r and y.  The expectation in (1) of `f_divergences` is a sum over a grid, or, as
 
 import copy
 import math
+from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn import Module
 from tqdm import tqdm
 
-from toy.f_family import ROWS
+from toy.f_family import ROWS, Divergence
 from toy.metrics import energy_distance, energy_floor, mean_distance, mode_metrics, sample_law
 from toy.mixtures import Mixture, make_target
 from toy.networks import mlp
@@ -43,19 +46,19 @@ SCENES = {
 }
 
 
-def ring():
+def ring() -> Mixture:
     """The default target, in float64."""
     target = make_target("ring")
     return Mixture(target.means.double(), target.stds, target.weights, target.modes)
 
 
-def finite(name, scene, target):
+def finite(name: str, scene: Scene, target: Mixture) -> bool:
     """Neyman's chi^2 has no value where q's variance is twice p's or more: q^2 / p grows outwards."""
     return name != "neyman" or (target.stds.max() < scene.sigma).item()
 
 
 @cache
-def start(latents, missing, seed):
+def start(latents: int, missing: int | None, seed: int) -> tuple[Tensor, Module]:
     """(latents, a small MLP generator), fitted to the modes that are not missing."""
     torch.manual_seed(seed)
     rng = torch.Generator().manual_seed(seed)
@@ -73,7 +76,7 @@ def start(latents, missing, seed):
     return z, net
 
 
-def shares(scene, means, rng):
+def shares(scene: Scene, means: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """Points x (n, 2), and what each latent has of p there (n, K): sums over x are expectations over p."""
     s, K = scene.sigma, len(means)
     if scene.draws:
@@ -85,7 +88,7 @@ def shares(scene, means, rng):
     return x, density * cell / K
 
 
-def settle(row, scene, seed, target):
+def settle(row: Divergence, scene: Scene, seed: int, target: Mixture) -> Tensor:
     """(1) at one noise level, h over its mean, as f-distill has it -> the generator's points (K, 2)."""
     rng, s = torch.Generator().manual_seed(seed), scene.sigma
     z, net = copy.deepcopy(start(scene.latents, scene.missing, seed))
@@ -102,7 +105,7 @@ def settle(row, scene, seed, target):
     return net(z).detach()
 
 
-def judge(points, scene, target, seed, n=2000):
+def judge(points: Tensor, scene: Scene, target: Mixture, seed: int, n=2000) -> dict[str, float]:
     """Where the points are, and how far the diffused laws are: energy over that of two samples of one."""
     rng = torch.Generator().manual_seed(seed)
     noise = scene.sigma * torch.randn(2, n, 2, generator=rng, dtype=torch.float64)
@@ -112,7 +115,7 @@ def judge(points, scene, target, seed, n=2000):
     return mode_metrics(points, target) | {"energy": energy}
 
 
-def train(seeds):
+def train(seeds: Sequence[int]) -> tuple[list[dict[str, Any]], dict[tuple[str, str], Tensor]]:
     """Every scene under every divergence -> rows of a table, {(scene, row): points of the first seed}."""
     target, table, points = ring(), [], {}
     jobs = [(key, name, seed) for key in SCENES for name in ROWS for seed in seeds]
@@ -125,7 +128,7 @@ def train(seeds):
     return table, points
 
 
-def print_table(table):
+def print_table(table: list[dict[str, Any]]) -> None:
     forms = {
         "modes_covered": "{}",
         "high_quality": "{:.0%}",
@@ -143,7 +146,7 @@ def print_table(table):
             print(f"  {name:48s} {line}")
 
 
-def figure(points):
+def figure(points: dict[tuple[str, str], Tensor]) -> Figure:
     """points: {(scene, row): (K, 2)}, on q at the scene's level, strays at the edge; scenes on the grid."""
     shown, target = [key for key, scene in SCENES.items() if not scene.draws], ring()
     rows = -(-len(ROWS) // WIDE)

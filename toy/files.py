@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,7 +28,7 @@ class UserError(Exception):
     code = 2
 
 
-def remove(path):
+def remove(path: Path) -> None:
     """A file or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -36,7 +37,7 @@ def remove(path):
 
 
 @contextmanager
-def replacing(path):
+def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a new neighbour to write to, file or folder, then rename it: nobody, even after a crash, meets
     half of it.  OSError of one line, naming the path, whatever the writer's library raises for a full disk.
     """
@@ -61,12 +62,12 @@ def replacing(path):
         remove(temporary)
 
 
-def printable(text):
+def printable(text: object) -> str:
     return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
 @contextmanager
-def naming(path):
+def naming(path: str | Path) -> Iterator[None]:
     """Turn every error into a UserError of one line that names the file.  A pipe could wait for ever."""
     try:
         if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
@@ -82,21 +83,21 @@ def naming(path):
         raise UserError(printable(f"{path}: {reason}")) from None
 
 
-def write_json(path, content):
+def write_json(path: str | Path, content: dict) -> None:
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def signature(record):
+def signature(record: dict) -> str:
     return hashlib.sha256(json.dumps(record).encode()).hexdigest()[:16]
 
 
-def write_record(path, record):
+def write_record(path: str | Path, record: dict) -> None:
     """A dictionary that knows whether it was changed."""
     write_json(path, record | {"digest": signature(record)})
 
 
-def read_record(path, whole=None):
+def read_record(path: str | Path, whole: str | Path | None = None) -> dict:
     """What `write_record` wrote.  UserError if damaged; whole: what to remove then, if not path alone."""
     try:
         record = json.loads(Path(path).read_text("utf-8"))
@@ -108,7 +109,7 @@ def read_record(path, whole=None):
     return record
 
 
-def write_rows(path, rows, digits=None):
+def write_rows(path: str | Path, rows: Sequence[dict], digits: int | None = None) -> None:
     """A table, of a dictionary per row; what a row lacks is nan."""
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row), restval="nan")
@@ -118,7 +119,7 @@ def write_rows(path, rows, digits=None):
             writer.writerow(row | (short or {}))
 
 
-def check_writable(path):
+def check_writable(path: str | Path) -> None:
     """Raise UserError unless a file can be written there, with the folders it lacks.  Leaves nothing."""
     folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
     try:
@@ -130,7 +131,7 @@ def check_writable(path):
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def check_new(path, folder=False):
+def check_new(path: str | Path, folder=False) -> None:
     """Raise UserError if it exists: nothing is overwritten; or cannot be made.  folder: an empty one may be
     there."""
     path = Path(path)
@@ -140,7 +141,7 @@ def check_new(path, folder=False):
     check_writable(path / "a" if empty else path)
 
 
-def check_ours(path, mark):
+def check_ours(path: str | Path, mark: str) -> None:
     """Raise UserError unless a file can be written there, over one of ours at most: those have this mark."""
     check_writable(path)
     if Path(path).exists():
@@ -149,19 +150,19 @@ def check_ours(path, mark):
                 raise UserError(f"{path} is something else, and is not written over; choose another name")
 
 
-def check_apart(*paths):
+def check_apart(*paths) -> None:
     """Raise UserError if one of them is another, or lies in it; None is no path."""
     for a, b in itertools.permutations(filter(None, paths), 2):
         if Path(a).resolve().is_relative_to(Path(b).resolve()):
             raise UserError(f"{a}: what is written to {b} takes this place; choose another name")
 
 
-def digest(path):
+def digest(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def lock(path, what=None):
+def lock(path: str | Path, what: str | Path | None = None) -> filelock.BaseFileLock:
     """Take a lock file -> what holds it as long as it lives.  UserError, naming what, if another has it."""
     what = what or Path(path).parent
     os.stat(Path(path).absolute().parent)  # which filelock would make
@@ -177,7 +178,7 @@ def lock(path, what=None):
     return held
 
 
-def versions():
+def versions() -> dict[str, str | None]:
     """What besides the settings decides the numbers: software, and the commit where git knows it."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:

@@ -13,7 +13,7 @@ from toy.files import UserError, digest, lock, remove, replacing, write_json
 LOCK = ".lock"
 
 
-def holds(path, settings):
+def holds(path: str | Path, settings: dict) -> bool:
     """Whether the folder holds a run of these settings.  Raises UserError if it holds one of others."""
     path = Path(path) / "config.json"
     if not path.exists():
@@ -37,11 +37,11 @@ class Folder:
     checkpoints/    STEP-DIGEST.pt, the newest `keep`: all that is needed to go on
     """
 
-    def __init__(self, path, settings, keep=2):
+    def __init__(self, path: str | Path, settings: dict, keep=2):
         self.path, self.settings, self.keep = Path(path), settings, keep
         self.checkpoints = self.path / "checkpoints"
 
-    def claim(self, resume, again=False):
+    def claim(self, resume: bool, again=False) -> None:
         """Take the folder, and remove what a killed process was writing.
 
         UserError if it is in use, holds another run, this run and neither resume nor again, or other files.
@@ -65,11 +65,11 @@ class Folder:
         except OSError as error:
             raise UserError(f"cannot use {self.path} as a run's folder: {error}") from None
 
-    def files(self):
+    def files(self) -> list[Path]:
         """Checkpoints, oldest first."""
         return sorted(self.checkpoints.glob("[0-9]*-*.pt"))
 
-    def save(self, step, state):
+    def save(self, step: int, state: dict) -> None:
         """Write a checkpoint, then drop the oldest.  A crash at any instant leaves the earlier ones."""
         staged = self.checkpoints / "tmp-staged.pt"
         with replacing(staged) as temporary:
@@ -78,7 +78,7 @@ class Folder:
         for old in self.files()[: -self.keep]:
             old.unlink()
 
-    def load(self, say=print):
+    def load(self, say=print) -> dict | None:
         """The newest checkpoint whose digest is right, or None if there is none at all."""
         files = self.files()
         for path in reversed(files):

@@ -3,10 +3,15 @@
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import Module
+from tqdm import tqdm
 
 from toy import plots
 from toy.files import replacing, versions, write_json, write_rows
@@ -34,7 +39,7 @@ class Diverged(Exception):
 # On the way.
 
 
-def gradient_norm(network):
+def gradient_norm(network: Module) -> float:
     gradients = [p.grad for p in network.parameters() if p.grad is not None]
     return torch.nn.utils.get_total_norm(gradients).item() if gradients else 0.0
 
@@ -45,7 +50,7 @@ class Log:
     Its random numbers are its own, so looking does not change the training.
     """
 
-    def __init__(self, cfg, folder, target, teacher, progress, seconds):
+    def __init__(self, cfg: Any, folder: Any, target: Any, teacher: Callable, progress: tqdm, seconds: float):
         self.cfg, self.folder, self.target, self.teacher, self.progress = (
             cfg,
             folder,
@@ -64,15 +69,15 @@ class Log:
         self.scene = (self.data.cpu(), self.field(teacher, plots.FIELD_SIGMA), self.floor, cfg.steps)
         self.window = plots.Window(*self.scene) if cfg.show else None
 
-    def seconds(self):
+    def seconds(self) -> float:
         return time.perf_counter() - self.start
 
-    def field(self, denoiser, sigma):
+    def field(self, denoiser: Callable, sigma: float) -> Tensor:
         """Where it sends the points of the movie at one noise level, (m, 2)."""
         return denoiser(self.points, self.points.new_full((len(self.points),), sigma)).cpu()
 
     @torch.no_grad()
-    def __call__(self, run, losses):
+    def __call__(self, run: Any, losses: dict[str, Tensor]) -> None:
         losses = {name: loss.item() for name, loss in losses.items()}
         norms = {"generator_gradient": gradient_norm(run.generator), "fake_gradient": gradient_norm(run.fake)}
         samples, now = run.ema(self.z), run.generator(self.z)
@@ -101,7 +106,7 @@ class Log:
             self.window.draw(run.snapshots[-1], run.history)
         self.save(run)
 
-    def warn(self, history):
+    def warn(self, history: list[dict]) -> None:
         """Say it, once, when a run goes wrong in one of the usual ways."""
         row = history[-1]
         if row["step"] < self.cfg.steps // 5:  # at first everything moves
@@ -121,7 +126,7 @@ class Log:
                 self.progress.write(f"warning, step {row['step']}: {message}; {advice}", file=sys.stderr)
                 self.warned.add(name)
 
-    def save(self, run):
+    def save(self, run: Any) -> None:
         write_rows(self.folder.path / "log.csv", run.history, digits=6)
         self.folder.save(run.step, run.state_dict())
 
@@ -130,7 +135,7 @@ class Log:
 # At the end.
 
 
-def evaluate(cfg, run, log):
+def evaluate(cfg: Any, run: Any, log: Log) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """The numbers of metrics.json and the arrays of samples.npz, from DRAWS draws and the first of them."""
     rng = torch.Generator(cfg.device).manual_seed(cfg.seed + 2)
     energies, first, n = [], None, cfg.samples
@@ -158,7 +163,7 @@ def evaluate(cfg, run, log):
     return metrics, {name: array.cpu().numpy() for name, array in arrays.items()}
 
 
-def finish(cfg, run, log, status):
+def finish(cfg: Any, run: Any, log: Log, status: str) -> dict[str, Any]:
     """Write samples.npz, final.png and convergence.gif (unless cfg.no_pictures), metrics.json; return
     the metrics."""
     out, seconds = Path(cfg.out), log.seconds()

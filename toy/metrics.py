@@ -1,9 +1,11 @@
 """How far are these samples from the target, and is the online network keeping up?"""
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from toy.mixtures import Mixture
 
@@ -12,13 +14,13 @@ SIGMAS = (0.1, 0.2, 0.5, 1.0)  # where scores are compared
 distances = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def mean_distance(x, y, chunk=500):
+def mean_distance(x: Tensor, y: Tensor, chunk=500) -> float:
     """E|X - Y| over all pairs of two samples (n, D), (m, D)."""
     sums = [distances(part, y).sum(1).cpu().double().sum() for part in x.split(chunk)]  # MPS has no double
     return sum(sums).item() / (len(x) * len(y))
 
 
-def energy_distance(x, y, within_y=None):
+def energy_distance(x: Tensor, y: Tensor, within_y: float | None = None) -> float:
     """2 E|X - Y| - E|X - X'| - E|Y - Y'| between two samples (n, D), (m, D); 0 only if the laws agree.
 
     All pairs count, X = X' too (a V-statistic), so two samples of one law are `energy_floor` apart
@@ -28,7 +30,7 @@ def energy_distance(x, y, within_y=None):
     return 2 * mean_distance(x, y) - mean_distance(x, x) - within_y
 
 
-def energy_floor(n, m, within):
+def energy_floor(n: int, m: int, within: float) -> float:
     """Expected `energy_distance` of n samples from m others of one law: (1/n + 1/m) E|X - X'|.
 
     within: mean_distance(data, data) of the m, corrected here for each point's distance 0 from itself.
@@ -36,7 +38,7 @@ def energy_floor(n, m, within):
     return (1 / n + 1 / m) * within * m / (m - 1)
 
 
-def mode_metrics(x, target):
+def mode_metrics(x: Tensor, target: Mixture) -> dict[str, float]:
     """Where samples x (n, D) lie among the target's modes.
 
     high_quality       share within 3 std of a component's mean (0.989 of a 2-D Gaussian is)
@@ -68,7 +70,7 @@ class Points(Mixture):
         pass
 
 
-def sample_law(samples):
+def sample_law(samples: Tensor) -> Points:
     """Samples (K, D) as a mixture of K points, whose diffusion is exact: the generator's own law."""
     K = len(samples)
     each = torch.arange(K, device=samples.device)
@@ -76,7 +78,9 @@ def sample_law(samples):
 
 
 @torch.no_grad()
-def score_diagnostics(bank, target, teacher, fake, noise):
+def score_diagnostics(
+    bank: Tensor, target: Mixture, teacher: Callable, fake: Callable, noise: Tensor
+) -> dict[str, float]:
     """The generator against target, teacher and online network, at each of SIGMAS.
 
     bank (K, D): samples of the generator, whose exact diffusion stands in for p_theta,t; noise:

@@ -7,6 +7,7 @@ form.  `TARGETS` maps names to 2-D examples; `make_target` builds one.
 
 import math
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 
@@ -16,7 +17,7 @@ from torch import Tensor
 FITTING = (0.05, 5.0)  # data_std for which the noise levels here, 0.002 to 80, were made
 
 
-def per_sample(sigma, xt):
+def per_sample(sigma: float | Tensor, xt: Tensor) -> Tensor:
     """sigma, a number or a tensor of one or of B, as (B,) for xt (B, D), in its type."""
     if not xt.is_floating_point():
         raise ValueError(f"xt must be floating-point, got {xt.dtype}")
@@ -70,22 +71,22 @@ class Mixture:
         logits = self.weights.log() - away.square().sum(2) / (2 * variance) - xt.shape[1] / 2 * variance.log()
         return variance, logits, away
 
-    def log_density(self, xt, sigma):
+    def log_density(self, xt: Tensor, sigma: float | Tensor) -> Tensor:
         """log p(xt; sigma) -> (B,)."""
         _, logits, _ = self._posterior(xt, sigma)
         return logits.logsumexp(1) - xt.shape[1] / 2 * math.log(2 * math.pi)
 
-    def score(self, xt, sigma):
+    def score(self, xt: Tensor, sigma: float | Tensor) -> Tensor:
         """grad_xt log p(xt; sigma) -> (B, D): posterior mean of (m_k - xt) / (s_k^2 + sigma^2)."""
         variance, logits, away = self._posterior(xt, sigma)
         share = logits.softmax(1) / variance
         return (share[:, :, None] * away).sum(1)
 
-    def denoiser(self, xt, sigma):
+    def denoiser(self, xt: Tensor, sigma: float | Tensor) -> Tensor:
         """E[x0 | xt] -> (B, D), by Tweedie."""
         return xt + per_sample(sigma, xt)[:, None] ** 2 * self.score(xt, sigma)
 
-    def sample(self, n, generator=None):
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n draws, (n, D), on the generator's device (which must be the mixture's)."""
         k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         like = {"device": self.means.device, "dtype": self.means.dtype}
@@ -93,7 +94,7 @@ class Mixture:
             n, self.means.shape[1], generator=generator, **like
         )
 
-    def data_std(self):
+    def data_std(self) -> float:
         """Root mean variance per coordinate: what EDM calls sigma_data.  Warns of one that does not fit."""
         centre = self.weights @ self.means
         variance = self.weights @ (self.stds**2 + ((self.means - centre) ** 2).mean(1))
@@ -103,11 +104,11 @@ class Mixture:
             warnings.warn(f"data of std {std:.3g}, {off:.3g} off 0; {fits.format(*FITTING)}", stacklevel=2)
         return std
 
-    def to(self, device):
+    def to(self, device: str | torch.device) -> "Mixture":
         return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
-def equal_mixture(means, std, modes=None):
+def equal_mixture(means: Iterable, std: float, modes: Iterable | None = None) -> Mixture:
     """Equal weights, one std.  std: float."""
     means = torch.as_tensor(means, dtype=torch.float32)
     K = len(means)
@@ -120,23 +121,23 @@ def _circle(n, radius=1.0, turn=0.0):
     return radius * torch.stack([angle.cos(), angle.sin()], 1)
 
 
-def ring():
+def ring() -> Mixture:
     """8 Gaussians, radius 1, std 0.1."""
     return equal_mixture(_circle(8), 0.1)
 
 
-def grid():
+def grid() -> Mixture:
     """5 x 5 Gaussians, spacing 0.6, std 0.05."""
     ticks = 0.6 * (torch.arange(5, dtype=torch.float32) - 2.0)
     return equal_mixture(torch.cartesian_prod(ticks, ticks), 0.05)
 
 
-def two_rings():
+def two_rings() -> Mixture:
     """5 Gaussians at radius 0.45 and 10 at radius 1.2, std 0.08."""
     return equal_mixture(torch.cat([_circle(5, 0.45), _circle(10, 1.2, turn=0.5)]), 0.08)
 
 
-def pinwheel():
+def pinwheel() -> Mixture:
     """5 curved arms of 12 Gaussians, std 0.05; a mode is an arm."""
     radius = torch.linspace(0.3, 1.3, 12, dtype=torch.float32)
     arms = torch.arange(5).repeat_interleave(12)
@@ -151,28 +152,28 @@ def _empirical(points, modes):
     return equal_mixture(0.7 * points / points.square().mean().sqrt(), 0.05, modes)
 
 
-def moons():
+def moons() -> Mixture:
     """scikit-learn's two moons as 2,000 kernels, std 0.05."""
     from sklearn.datasets import make_moons
 
     return _empirical(*make_moons(2000, noise=0.0, random_state=0))
 
 
-def circles():
+def circles() -> Mixture:
     """scikit-learn's two circles as 2,000 kernels, std 0.05."""
     from sklearn.datasets import make_circles
 
     return _empirical(*make_circles(2000, noise=0.0, factor=0.5, random_state=0))
 
 
-def swiss_roll():
+def swiss_roll() -> Mixture:
     """scikit-learn's Swiss roll, seen from the side, as 2,000 kernels, std 0.05; one mode."""
     from sklearn.datasets import make_swiss_roll
 
     return _empirical(make_swiss_roll(2000, noise=0.0, random_state=0)[0][:, [0, 2]], [0] * 2000)
 
 
-def checkerboard():
+def checkerboard() -> Mixture:
     """8 squares of side 0.6, each 8 x 8 Gaussians of std 0.04; a mode is a square."""
     cells = torch.tensor([(i, j) for i in range(4) for j in range(4) if (i + j) % 2 == 0])
     inside = (torch.arange(8, dtype=torch.float32) + 0.5) / 8
@@ -180,7 +181,7 @@ def checkerboard():
     return equal_mixture(0.6 * corners, 0.04, torch.arange(8).repeat_interleave(64))
 
 
-def letters():
+def letters() -> Mixture:
     """The word SIM, drawn with Gaussians of std 0.04; a mode is a letter."""
     linspace, tensor = (partial(f, dtype=torch.float32) for f in (torch.linspace, torch.tensor))
     bend = linspace(0.25, 1.5, 16) * math.pi
@@ -200,7 +201,7 @@ TARGETS = {
 }
 
 
-def make_target(name):
+def make_target(name: str) -> Mixture:
     """The mixture of that name, float32 on the CPU.  ValueError for an unknown name."""
     if name not in TARGETS:
         raise ValueError(f"unknown target {name!r}; choose from {', '.join(TARGETS)}")

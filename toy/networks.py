@@ -1,10 +1,11 @@
 """Small networks for points in the plane.  The denoisers are called as denoiser(xt, sigma)."""
 
 import math
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from toy.mixtures import per_sample
 
@@ -31,7 +32,7 @@ class Denoiser(nn.Module):
         nn.init.zeros_(self.out.weight)  # starts as the best linear denoiser, F = 0
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, xt, sigma):
+    def forward(self, xt: Tensor, sigma: float | Tensor) -> Tensor:
         s = per_sample(sigma, xt if torch.is_tensor(sigma) else xt[:1])[:, None]
         c_in = (s.square() + self.sigma_data**2).rsqrt()
         ratio = self.sigma_data * c_in
@@ -40,7 +41,7 @@ class Denoiser(nn.Module):
             h = nn.functional.silu(layer(h) * scale + shift)
         return ratio.square() * xt + s * ratio * self.out(h)
 
-    def modulation(self, s):
+    def modulation(self, s: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """s (B, 1), or (1, 1) for all -> of each layer (1 + scale, shift), (B, width) or (1, width)."""
         noise_level = s.log() / 4
         angle = noise_level * self.frequencies
@@ -56,15 +57,15 @@ class Generator(nn.Module):
     Give it a copy of the teacher: one network evaluation, teacher's weights to start from.
     """
 
-    def __init__(self, denoiser, sigma_init=2.5):
+    def __init__(self, denoiser: nn.Module, sigma_init=2.5):
         super().__init__()
         self.denoiser, self.sigma_init = denoiser, sigma_init
 
-    def forward(self, z):
+    def forward(self, z: Tensor) -> Tensor:
         return self.denoiser(self.sigma_init * z, self.sigma_init)
 
 
-def mlp(sizes):
+def mlp(sizes: Sequence[int]) -> nn.Sequential:
     """Linear layers of these sizes with SiLU between."""
     layers = [module for i, o in zip(sizes, sizes[1:]) for module in (Linear(i, o), nn.SiLU())]
     return nn.Sequential(*layers[:-1])
@@ -77,24 +78,24 @@ def mlp(sizes):
 VP_STEPS = 1000  # T
 
 
-def vp_betas():
+def vp_betas() -> Tensor:
     """The linear schedule of DDPM, (T,): 1e-4 to 0.02."""
     return torch.linspace(1e-4, 0.02, VP_STEPS, dtype=torch.float64)
 
 
-def vp_sigmas():
+def vp_sigmas() -> Tensor:
     """sigma_t for t = 0..T-1, (T,) float32, increasing from 0.01 to 157."""
     abar = (1 - vp_betas()).cumprod(0)
     return ((1 - abar) / abar).sqrt().float()
 
 
-def vp_sigma(n, *, generator=None, dtype=torch.float32):
+def vp_sigma(n: int, *, generator: torch.Generator | None = None, dtype=torch.float32) -> Tensor:
     """n draws of sigma_t with t uniform on 1..T-1 (Listing 1)."""
     device = generator.device if generator else None
     return vp_sigmas().to(device, dtype)[torch.randint(1, VP_STEPS, (n,), generator=generator, device=device)]
 
 
-def vp_weight(sigma):
+def vp_weight(sigma: float | Tensor) -> Tensor:
     """Listing 1's weight T g^2 on VP score errors, for denoised errors: T beta_t (1 + sigma^2) / sigma^4.
 
     A score in VP coordinates is sqrt(1 + sigma^2) times the EDM one, and g^2 = beta_t.
@@ -116,7 +117,7 @@ class VPDenoiser(nn.Module):
         self.epsilon = mlp([dim + 1] + [width] * depth + [dim])
         self.register_buffer("sigmas", vp_sigmas())
 
-    def forward(self, xt, sigma):
+    def forward(self, xt: Tensor, sigma: float | Tensor) -> Tensor:
         sigma = per_sample(sigma, xt)
         t = torch.searchsorted(self.sigmas, sigma.contiguous()).clamp_max(VP_STEPS - 1).float()
         s = sigma[:, None]
@@ -128,14 +129,14 @@ class VPDenoiser(nn.Module):
 # Dividing by 1 - t gives the EDM form with sigma = t / (1 - t).
 
 
-def flow_sigma(n, *, generator=None, dtype=torch.float32):
+def flow_sigma(n: int, *, generator: torch.Generator | None = None, dtype=torch.float32) -> Tensor:
     """n draws of t / (1 - t), t uniform from 0.001 to 0.999.  Of a logit-normal t, sigma is log-normal."""
     device = generator.device if generator else None
     t = 0.001 + 0.998 * torch.rand(n, generator=generator, device=device, dtype=dtype)
     return t / (1 - t)
 
 
-def flow_weight(sigma):
+def flow_weight(sigma: float | Tensor) -> float | Tensor:
     """1 / t^2: weight 1 on velocities, for denoised errors."""
     return (1 + 1 / sigma) ** 2
 
@@ -150,7 +151,7 @@ class FlowDenoiser(nn.Module):
         super().__init__()
         self.velocity = mlp([dim + 1] + [width] * depth + [dim])
 
-    def forward(self, xt, sigma):
+    def forward(self, xt: Tensor, sigma: float | Tensor) -> Tensor:
         s = per_sample(sigma, xt)[:, None]
         t, x = s / (1 + s), xt / (1 + s)
         return x - t * self.velocity(torch.cat([x, t], 1))

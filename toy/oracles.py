@@ -5,9 +5,12 @@ levels from 0.2 to 2; a gradient, over all parameters of the generator, in quadr
 and wherever it can be with the left side of the theorem, which knows nothing of the formula asked for.
 """
 
+from collections.abc import Callable, Sequence
 from functools import cache, partial
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import sim_core as sim
@@ -21,11 +24,11 @@ DISTANCE, L2 = sim.PseudoHuber(c=0.8), sim.SquaredL2()  # a c whose square is an
 DIRECTION = torch.tensor([1.0, -0.5], dtype=torch.float64)  # along which a vector's gradient is taken
 
 
-def dot(a, b):
+def dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(1)
 
 
-def draws(seed=1, n=64):
+def draws(seed=1, n=64) -> tuple[Tensor, Tensor, Tensor]:
     """Which latent, noise, level: at random."""
     rng = torch.Generator().manual_seed(seed)
     how = dict(generator=rng, dtype=torch.float64)
@@ -36,16 +39,16 @@ def draws(seed=1, n=64):
     )
 
 
-def generated():
+def generated() -> Tensor:
     """The bed's points g_theta(z_k), a leaf."""
     return BED.net(BED.z).detach().requires_grad_()
 
 
-def fake_of(means):
+def fake_of(means: Tensor) -> Any:
     return BED.law(means.detach())  # sg: s_sg[theta]
 
 
-def losses(integrand):
+def losses(integrand: Callable) -> dict[str, Tensor]:
     """Value and gradient of one number a sample, integrand(x0, noise, sigma, means)."""
 
     def checked(x0, noise, sigma, means):
@@ -59,7 +62,7 @@ def losses(integrand):
     return {"value": value, "gradient": BED.gradient(checked, NODES)}
 
 
-def vectors(integrand):
+def vectors(integrand: Callable) -> dict[str, Tensor]:
     """The same of one vector a sample."""
     along = lambda *drawn: wanted(integrand(*drawn), len(drawn[0]), 2) @ DIRECTION
     means, (k, noise, sigma) = generated(), draws()
@@ -68,7 +71,7 @@ def vectors(integrand):
 
 
 # --- Scores.
-def tweedie(answer):
+def tweedie(answer: Callable) -> dict[str, Tensor]:
     def integrand(x0, noise, sigma, means):
         xt = sim.add_noise(x0, sigma, noise)
         return answer(fake_of(means).denoiser(xt, sigma), xt, sigma)
@@ -76,18 +79,18 @@ def tweedie(answer):
     return vectors(integrand)
 
 
-def true_score():
+def true_score() -> dict[str, Tensor]:
     return vectors(lambda x0, noise, sigma, means: fake_of(means).score(x0 + sigma[:, None] * noise, sigma))
 
 
-def conditional(answer):
+def conditional(answer: Callable) -> dict[str, Tensor]:
     """Where xt stands still: along the path it is -noise / sigma, without a gradient."""
     return vectors(
         lambda x0, noise, sigma, means: answer(sim.add_noise(x0, sigma, noise).detach(), x0, sigma)
     )
 
 
-def slope_of_log_q(xt, x0, sigma):
+def slope_of_log_q(xt: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
     xt = xt.clone().requires_grad_()
     log_q = -dot(xt - x0, xt - x0) / (2 * sigma**2)
     return torch.autograd.grad(log_q.sum(), xt, create_graph=True)[0]
@@ -95,24 +98,24 @@ def slope_of_log_q(xt, x0, sigma):
 
 # --- (A.1).
 @cache
-def all_samples():
+def all_samples() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The quadrature as one batch: x0, noise, sigma, and how often each sample is to count."""
     parts = zip(*BED.quadrature(generated().detach(), 40))
     weight, *drawn = (torch.cat(part) for part in parts)
     return *drawn, (len(weight) * weight)[:, None]
 
 
-def field(xt):
+def field(xt: Tensor) -> Tensor:
     return torch.stack([xt[:, 0].sin() + xt[:, 1], (xt[:, 0] * xt[:, 1]).cos()], 1)
 
 
-def scores_at(xt, sigma):
+def scores_at(xt: Tensor, sigma: float | Tensor) -> list[Tensor]:
     """The right score, and that of a law which is 0.2 away."""
     means = generated().detach()
     return [BED.law(each).score(xt, sigma) for each in (means, means + DIRECTION / 5)]
 
 
-def projection(answer):
+def projection(answer: Callable) -> dict[str, Tensor]:
     """With the right and a wrong score, for fields u that take the quadrature's weights along."""
     x0, noise, sigma, count = all_samples()
     right, wrong = (lambda xt, sigma, i=i: scores_at(xt, sigma)[i] for i in (0, 1))
@@ -125,7 +128,7 @@ def projection(answer):
     return {"value": torch.stack(values)}
 
 
-def what_a_wrong_score_leaves():
+def what_a_wrong_score_leaves() -> dict[str, Tensor]:
     """0, then E u^T (wrong - right)."""
     x0, noise, sigma, count = all_samples()
     xt = sim.add_noise(x0, sigma, noise)
@@ -135,7 +138,7 @@ def what_a_wrong_score_leaves():
 
 
 # --- Table 4.
-def row_of_table_4(distance, answer):
+def row_of_table_4(distance: sim.Distance, answer: Callable) -> dict[str, Tensor]:
     """d' and its own derivative, at random y."""
     y = (0.8 * draws(2)[1]).requires_grad_()
     value = wanted(answer(y, *vars(distance).values()), len(y), 2)
@@ -143,13 +146,13 @@ def row_of_table_4(distance, answer):
     return {"value": value.detach(), "derivative": slope}
 
 
-def row_by_autograd(distance):
+def row_by_autograd(distance: sim.Distance) -> dict[str, Tensor]:
     slope = lambda y, *_: torch.autograd.grad(distance.value(y).sum(), y, create_graph=True)[0]
     return row_of_table_4(distance, slope)
 
 
 # --- Losses: the surrogate and the full one, on the triple in denoised space; where the stop is, on scores.
-def on_triple(functions, answer):
+def on_triple(functions: Sequence[Callable], answer: Callable) -> dict[str, Tensor]:
     def integrand(x0, noise, sigma, means):
         fake = fake_of(means).denoiser
         return answer(*functions, *sim.predictions(BED.teacher.denoiser, fake, x0, sigma, noise))
@@ -157,17 +160,17 @@ def on_triple(functions, answer):
     return losses(integrand)
 
 
-def left_side(distance, space, law_moves=False):
+def left_side(distance: sim.Distance, space: str, law_moves=False) -> Tensor:
     return BED.gradient(BED.objective(distance, space, law_moves), NODES)
 
 
-def true_loss(loss, law_moves=False):
+def true_loss(loss: Callable, law_moves=False) -> dict[str, Tensor]:
     """The value of sim_core's formula; the gradient of the objective itself, which is another matter."""
     values = on_triple((), partial(loss, distance=DISTANCE))
     return values | {"gradient": left_side(DISTANCE, "denoised", law_moves)}
 
 
-def printed(answer):
+def printed(answer: Callable) -> dict[str, Tensor]:
     def integrand(x0, noise, sigma, means):
         xt = sim.add_noise(x0, sigma, noise)
         scores = [law.score(xt, sigma) for law in (fake_of(means), BED.law(means), BED.teacher)]
@@ -176,12 +179,12 @@ def printed(answer):
     return losses(integrand)
 
 
-def nothing_trains():
+def nothing_trains() -> dict[str, Tensor]:
     weights = sum(p.numel() for p in BED.net.parameters())
     return losses(BED.surrogate(L2)) | {"gradient": torch.zeros(weights, dtype=torch.float64)}
 
 
-def stopping(answer):
+def stopping(answer: Callable) -> dict[str, Tensor]:
     """The score; and the gradient of the surrogate that is made with it."""
 
     def score(x0, noise, sigma, means):
@@ -195,7 +198,7 @@ def stopping(answer):
     return {"value": vectors(score)["value"], "gradient": losses(surrogate)["gradient"]}
 
 
-def alphas(answer):
+def alphas(answer: Callable) -> dict[str, Tensor]:
     """Gradients of SiD's loss at the two."""
     pair = answer()
     if not isinstance(pair, tuple | list) or len(pair) != 2:
@@ -205,7 +208,7 @@ def alphas(answer):
 
 
 # --- What Algorithm 2 draws and weighs.
-def levels(answer):
+def levels(answer: Callable) -> dict[str, Tensor]:
     """Quantiles of many draws, on a scale that takes what is not positive."""
     quantiles, at = [], torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
     for mean, std in ((-1.2, 1.2), (-3.5, 2.5)):
@@ -218,7 +221,7 @@ def levels(answer):
     return {"value": torch.cat(quantiles)}
 
 
-def normal_quantiles():
+def normal_quantiles() -> dict[str, Tensor]:
     s = torch.special.ndtri(torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95]))
     return {
         "value": torch.cat(
@@ -227,13 +230,13 @@ def normal_quantiles():
     }
 
 
-def weights(answer):
+def weights(answer: Callable) -> dict[str, Tensor]:
     sigma = draws()[2]
     return {"value": torch.cat([wanted(answer(sigma, sigma_data), len(sigma)) for sigma_data in (0.5, 2.0)])}
 
 
 # --- The two updates.
-def learning(answer):
+def learning(answer: Callable) -> dict[str, Tensor]:
     """psi is the exact denoiser plus a linear error A xt + b: value, gradients of (A, b) and of theta."""
     psi = [p.requires_grad_() for p in (torch.diag(DIRECTION) / 4, DIRECTION.clone())]
     means, (k, noise, sigma) = generated(), draws()
@@ -253,7 +256,7 @@ def learning(answer):
     }
 
 
-def true_learning():
+def true_learning() -> dict[str, Tensor]:
     """The gradient of E weight |A xt + b|^2: a denoising loss moves psi towards the exact denoiser."""
 
     def error(fake, x0, sigma, noise, weight):
@@ -265,7 +268,7 @@ def true_learning():
     return learning(error) | {"value": value}
 
 
-def judging(answer):
+def judging(answer: Callable) -> dict[str, Tensor]:
     return losses(
         lambda x0, noise, sigma, means: answer(
             BED.teacher.denoiser, fake_of(means).denoiser, x0, sigma, noise, DISTANCE.c
@@ -273,12 +276,12 @@ def judging(answer):
     )
 
 
-def true_judging():
+def true_judging() -> dict[str, Tensor]:
     return losses(BED.surrogate(DISTANCE, "denoised")) | {"gradient": left_side(DISTANCE, "denoised")}
 
 
 # --- The loop.
-def five_steps(answer):
+def five_steps(answer: Callable) -> dict[str, Tensor]:
     """How far psi and theta have come in five steps of plain gradient descent, from random networks."""
     rng = torch.Generator().manual_seed(0)
     normal = partial(torch.randn, generator=rng, dtype=torch.float64)

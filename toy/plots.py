@@ -1,12 +1,14 @@
 """Figures of a 2-D run.  Every function takes numbers and returns a matplotlib Figure (or a file)."""
 
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import Tensor
 
 from toy.metrics import SIGMAS
 
@@ -15,7 +17,7 @@ FIELD_SIGMA = 0.3  # noise level of the denoised points that the movie shows
 LIMIT = 1.9
 
 
-def field_points(n=13):
+def field_points(n=13) -> Tensor:
     """(n * n, 2) points on which the movie shows where the two networks point."""
     ticks = torch.linspace(-0.9 * LIMIT, 0.9 * LIMIT, n, dtype=torch.float32)
     return torch.cartesian_prod(ticks, ticks)
@@ -41,7 +43,7 @@ class Scene:
     floor of the energy distance; steps, the last step.  `draw` shows one snapshot.
     """
 
-    def __init__(self, figure, data, teacher_field, floor, steps):
+    def __init__(self, figure: Figure, data: Tensor, teacher_field: Tensor, floor: float, steps: int):
         self.figure, points = figure, field_points()
         samples, field, curve = figure.subplots(1, 3, width_ratios=(1, 1, 1.15))
         _scatter(samples, data[:2000], GREY)
@@ -63,7 +65,7 @@ class Scene:
         curve.set_title("energy distance to the target", loc="left", fontsize=10)
         self.points, self.moving = points, (self.samples, self.fake, self.curve, self.title)
 
-    def draw(self, snapshot, history):
+    def draw(self, snapshot: dict, history: list[dict]) -> None:
         """snapshot: {"step", "samples" (n, 2), "field" (m, 2)}; history: log rows up to that step."""
         self.samples.set_offsets(snapshot["samples"])
         self.fake.set_UVC(*(snapshot["field"] - self.points).T)
@@ -81,12 +83,12 @@ class Window:
         self.scene = Scene(pyplot.figure(figsize=(12.8, 4.4), layout="constrained"), *scene)
         pyplot.show(block=False)
 
-    def draw(self, snapshot, history):
+    def draw(self, snapshot: dict, history: list[dict]) -> None:
         self.scene.draw(snapshot, history)
         self.pyplot.pause(0.001)
 
 
-def convergence_gif(path, snapshots, history, scene):
+def convergence_gif(path: str | Path, snapshots: list[dict], history: list[dict], scene: tuple) -> None:
     """Write the run as a moving picture, ten frames a second; the last one stays for three seconds."""
     figure = Figure(figsize=(9.6, 3.3), dpi=75, layout="constrained")
     canvas, moving = FigureCanvasAgg(figure), Scene(figure, *scene)
@@ -109,7 +111,7 @@ def convergence_gif(path, snapshots, history, scene):
     frames[0].save(path, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
-def final_figure(panels, history, floor):
+def final_figure(panels: dict[str, np.ndarray], history: list[dict], floor: float) -> Figure:
     """Top: scatter panels {title: (n, 2)}, target first.  Bottom: the three questions of the log."""
     figure = Figure(figsize=(10.5, 6.6), layout="constrained")
     top, bottom = figure.subplots(2, 3, height_ratios=(1.15, 1))
@@ -142,7 +144,7 @@ def final_figure(panels, history, floor):
     return figure
 
 
-def sample_panels(panels, data, columns=4):
+def sample_panels(panels: dict[str, Tensor], data: Tensor, columns=4) -> Figure:
     """Scatter panels {title: samples (n, 2)} side by side, each on the data (m, 2) in grey."""
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(2.6 * columns, 2.8 * rows), layout="constrained")
@@ -155,7 +157,7 @@ def sample_panels(panels, data, columns=4):
     return figure
 
 
-def png(figure, dpi=75, colours=64):
+def png(figure: Figure, dpi=75, colours=64) -> bytes:
     """The bytes of a small PNG, for a notebook: a palette of so many colours instead of all."""
     full, small = BytesIO(), BytesIO()
     figure.savefig(full, dpi=dpi)

@@ -1,9 +1,12 @@
 """EDM's deterministic sampler, for the many-step teacher that one step is compared with."""
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 
-def heun(denoiser, z, steps=40, sigma_min=0.002, sigma_max=80.0, rho=7.0):
+def heun(denoiser: Callable, z: Tensor, steps=40, sigma_min=0.002, sigma_max=80.0, rho=7.0) -> Tensor:
     """Solve dx/dsigma = (x - D(x; sigma)) / sigma from sigma_max z down to 0 by Heun's rule.
 
     z (B, dim) ~ N(0, I).  2 * steps - 1 network evaluations; one step is D(sigma_max z; sigma_max).

@@ -7,8 +7,11 @@ failed, train_2d's metrics and the curves of its log.  Nothing here trains or re
 import math
 import statistics
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
@@ -56,13 +59,13 @@ CAPTION = (
 )
 
 
-def over_floor(record):
+def over_floor(record: dict) -> list[float]:
     """A log's energy distances over what two samples of its size have on average, which goes as 1/n."""
     floor = record["metrics"]["energy_distance_floor"] * record["settings"]["samples"] / N_LOG
     return [energy / floor for energy in record["log"]["energy_distance"]]
 
 
-def row_of(key, record):
+def row_of(key: tuple[str, str, int], record: dict) -> dict[str, Any]:
     """A line of study.csv: what the run of key (arm, target, seed) measured, as far as it came."""
     row = dict(zip(("arm", "target", "seed"), key)) | {"status": record["status"]}
     row |= dict.fromkeys((*NUMBERS, *SHOWN)) | {"error": record.get("error")}
@@ -76,7 +79,7 @@ def row_of(key, record):
     return row
 
 
-def summarise(rows):
+def summarise(rows: Iterable[dict]) -> dict[tuple[str, str], dict[str, Any]]:
     """{(arm, target): {number of SHOWN: (median, smallest, largest), "runs": n, "broken": n}}."""
     found, summary = defaultdict(list), {}
     for row in rows:
@@ -90,13 +93,13 @@ def summarise(rows):
     return summary
 
 
-def cell(form, values):
+def cell(form: str, values: Iterable[float]) -> str:
     """'median (smallest to largest)', one number where they look alike; - is what is not finite."""
     median, low, high = (form.format(v) if math.isfinite(v) else "-" for v in values)
     return median if low == high else f"{median} ({low} to {high})"
 
 
-def table(summary, steps, commits):
+def table(summary: dict[tuple[str, str], dict], steps: int, commits: Iterable[str]) -> str:
     """study.md: a section per target, a line per arm, in the order of the summary."""
     lines = [INTRODUCTION.format(steps=steps, n=N_LOG, commits=", ".join(sorted(commits)))]
     headings = ["arm", *(heading for heading, *_ in SHOWN.values()), "runs", "broken"]
@@ -114,7 +117,7 @@ def table(summary, steps, commits):
 # The figure.
 
 
-def band(records):
+def band(records: Sequence[dict]) -> tuple[list[float], np.ndarray, np.ndarray, np.ndarray]:
     """Several seeds' logs -> steps, and median, least and most of `over_floor`; inf after a log's end."""
     steps = max((record["log"]["step"] for record in records), key=len)
     curves = np.full((len(records), len(steps)), np.inf)
@@ -123,7 +126,7 @@ def band(records):
     return steps, np.median(curves, 0), curves.min(0), curves.max(0)
 
 
-def draw_curves(ax, arms, logs, title):
+def draw_curves(ax: Axes, arms: dict[str, tuple], logs: dict[str, list[dict]], title: str) -> None:
     """One panel of Figure 2.  arms: {label: (arm, colour, line)}; logs: {arm: records}."""
     for label, (arm, colour, style) in arms.items():
         if logs.get(arm):
@@ -139,7 +142,7 @@ def draw_curves(ax, arms, logs, title):
     ax.grid(alpha=0.2)
 
 
-def places(groups, arms):
+def places(groups: dict[str, Iterable[str]], arms: list[str]) -> tuple[dict[str, int], dict[str, int]]:
     """Heights in the chart: {heading: y} of the groups that have any of the arms, {arm: y}."""
     headings, heights, y = {}, {}, 0
     for group, members in groups.items():
@@ -151,7 +154,9 @@ def places(groups, arms):
     return headings, heights
 
 
-def draw_dots(ax, summary, target, headings, heights, limit=100):
+def draw_dots(
+    ax: Axes, summary: dict, target: str, headings: dict[str, int], heights: dict[str, int], limit=100
+) -> None:
     """Median and range of the final energy over the floor, a line per arm; past the limit: an arrow."""
     for arm, y in heights.items():
         if found := summary.get((arm, target)):
@@ -174,7 +179,7 @@ def draw_dots(ax, summary, target, headings, heights, limit=100):
     ax.grid(alpha=0.2, axis="x")
 
 
-def figure_of(summary, records, groups):
+def figure_of(summary: dict, records: dict, groups: dict[str, Iterable[str]]) -> Figure:
     """Top: curves of Figure 2's choices, a column per target.  Bottom: where every arm ended.
 
     summary: `summarise`'s; records: {(arm, target, seed): record}; groups: {heading: arms}.

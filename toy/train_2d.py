@@ -17,30 +17,34 @@ import copy
 import math
 import sys
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
 import torch
+from torch import Tensor
+from torch.nn import Module
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import sim_core as sim
 from toy import command
-from toy.config import SIGMAS, check, parse_args, resolve, settings
+from toy.config import SIGMAS, Config, check, parse_args, resolve, settings
 from toy.files import UserError, naming
 from toy.folder import Folder
 from toy.logbook import Diverged, Log, finish
 from toy.metrics import sample_law
-from toy.mixtures import make_target
+from toy.mixtures import Mixture, make_target
 from toy.networks import Denoiser, FlowDenoiser, Generator, VPDenoiser, flow_weight, mlp, vp_weight
 
 LOGS = 40  # rows of the log and frames of the movie, denser at first, when most happens
 
 
-def sigma_sampler(cfg, rng, which=""):
+def sigma_sampler(cfg: Config, rng: torch.Generator, which="") -> Callable:
     return partial(command.sigma_sampler(cfg, SIGMAS, which), generator=rng, dtype=torch.float32)
 
 
@@ -51,12 +55,14 @@ SCHEDULES = {  # share of the run -> share of the learning rate
 }
 
 
-def optimiser_and_schedule(network, lr, steps, betas, schedule="cosine", eps=1e-8):
+def optimiser_and_schedule(
+    network: Module, lr: float, steps: int, betas: tuple[float, float], schedule="cosine", eps=1e-8
+) -> tuple[torch.optim.Adam, LambdaLR]:
     optimiser = torch.optim.Adam(network.parameters(), lr=lr, betas=betas, eps=eps, fused=True)
     return optimiser, LambdaLR(optimiser, lambda n: SCHEDULES[schedule](n / steps))
 
 
-def moving_average(network, decay):
+def moving_average(network: Module, decay: float) -> AveragedModel:
     """Exponential, at first over what there is: decay grows as (1 + n) / (10 + n) up to its value."""
 
     def update(averages, parameters, n):
@@ -65,24 +71,24 @@ def moving_average(network, decay):
     return AveragedModel(network, multi_avg_fn=torch.no_grad()(update))
 
 
-def update(optimiser, loss):
+def update(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
     optimiser.zero_grad()
     loss.backward()
     optimiser.step()
 
 
-def make_denoiser(cfg, target):
+def make_denoiser(cfg: Config, target: Mixture) -> Module:
     edm = partial(Denoiser, sigma_data=target.data_std())
     return {"edm": edm, "vp": VPDenoiser, "flow": FlowDenoiser}[cfg.network](width=cfg.width).to(cfg.device)
 
 
-def score_matching_weight(cfg, target):
+def score_matching_weight(cfg: Config, target: Mixture) -> Callable:
     """Of the teacher's and psi's loss: lambda_EDM (B.7), Listing 1's T g^2, or 1 on velocities."""
     edm = partial(sim.edm_weight, sigma_data=target.data_std())
     return {"edm": edm, "vp": vp_weight, "flow": flow_weight}[cfg.network]
 
 
-def train_teacher(cfg, target, rng, batch=1024, lr=5e-3):
+def train_teacher(cfg: Config, target: Mixture, rng: torch.Generator, batch=1024, lr=5e-3) -> Module:
     """Denoising score matching (B.2) -> the moving average of the network, frozen."""
     network = make_denoiser(cfg, target)
     ema = moving_average(network, 1 - 1 / max(1, 0.02 * cfg.teacher_steps))
@@ -104,7 +110,7 @@ class Run:
     MODULES = "teacher fake generator ema optimiser schedule fake_optimiser fake_schedule".split()
     VALUES = "step bank history snapshots".split()
 
-    def __init__(self, cfg, teacher, rng):
+    def __init__(self, cfg: Config, teacher: Module, rng: torch.Generator):
         self.teacher, self.rng, self.step = teacher, rng, 0
         self.fake = copy.deepcopy(teacher).requires_grad_(True)
         if cfg.network == "vp":  # Listing 1's generator is a plain network of its own
@@ -119,11 +125,11 @@ class Run:
         self.bank = torch.randn(cfg.bank, 2, generator=rng, device=cfg.device, dtype=torch.float32)
         self.history, self.snapshots = [], []  # rows of the log, frames of the movie
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         modules = {name: getattr(self, name).state_dict() for name in self.MODULES}
         return modules | {name: getattr(self, name) for name in self.VALUES} | {"rng": self.rng.get_state()}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in self.MODULES:
             getattr(self, name).load_state_dict(state[name])
         for name in self.VALUES:
@@ -132,7 +138,8 @@ class Run:
         self.rng.set_state(state["rng"].cpu())
 
 
-def distill(cfg, run, target, teacher, log, stop, loss_of=None):
+def distill(cfg: Config, run: Run, target: Mixture, teacher: Callable, log: Callable, stop: object,
+            loss_of: Callable | None = None) -> None:  # fmt: skip
     """Alternate the two updates until cfg.steps or a signal in `stop`; log(run, losses) now and then.
     loss_of: for theta, another than that of cfg."""
     rng, batch = run.rng, cfg.batch
@@ -194,7 +201,7 @@ def distill(cfg, run, target, teacher, log, stop, loss_of=None):
         log(run, losses)
 
 
-def main(cfg, teach=train_teacher):
+def main(cfg: Config, teach=train_teacher) -> dict[str, Any]:
     """Train, distil, write everything into cfg.out; cfg resolved.  Returns the metrics.
 
     teach(cfg, target, rng) -> the teacher, for callers that have it already.
@@ -230,7 +237,7 @@ def main(cfg, teach=train_teacher):
     return finish(cfg, run, log, status)
 
 
-def tell(argv=None):
+def tell(argv: Sequence[str] | None = None) -> int:
     """From the command line to a summary -> the exit code."""
     cfg = resolve(*parse_args(__doc__, argv))
     m = main(cfg)
@@ -246,7 +253,7 @@ def tell(argv=None):
     return {"finished": 0, "interrupted": 130, "diverged": 1}[m["status"]]
 
 
-def cli(argv=None):
+def cli(argv: Sequence[str] | None = None) -> int:
     """The command line: returns the exit code."""
     return command.run(lambda: tell(argv), "interrupted before there was anything to write")
 

@@ -11,9 +11,14 @@ import math
 import pickle
 import re
 import reprlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
+from torch import Tensor
+from torch.nn import Module
 
 from edm.images.edm_pickle import read_pickle
 from edm.images.foreign import loads, tell
@@ -23,7 +28,7 @@ from toy.files import UserError, naming, replacing
 MAX_BLOCKS = 128  # of a network: each takes some milliseconds to build, however small
 
 
-def save(path, network, **about):
+def save(path: str | Path, network: Module, **about) -> None:
     """Write an EDMPrecond, or a model of diffusers: weights (as float32), config, and JSON-able notes."""
     weights = {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in network.state_dict().items()}
     config = {k: v for k, v in network.config.items() if not k.startswith("_")}
@@ -36,7 +41,7 @@ def save(path, network, **about):
         temporary.chmod(mode)  # safetensors would leave it to its owner alone
 
 
-def digest(*parts):
+def digest(*parts) -> str:
     """SHA-256 over strings, tensors with their shapes and types, and dictionaries of tensors."""
     total = hashlib.sha256()
     for part in parts:
@@ -50,7 +55,7 @@ def digest(*parts):
     return total.hexdigest()
 
 
-def load(path, sigma_init=None):
+def load(path: str | Path, sigma_init: float | None = None) -> tuple[EDMPrecond, dict[str, Any]]:
     """-> (EDMPrecond on the CPU, eval mode, float32, gradients off; dict of the writer's notes).
 
     path: a file of `save`, or one of EDM's .pkl files, whose notes are empty.
@@ -77,19 +82,19 @@ def load(path, sigma_init=None):
         return build(config, weights), about
 
 
-def is_safetensors(head):
+def is_safetensors(head: bytes) -> bool:
     """By the first nine bytes: eight of a length, then JSON.  More than a megabyte of it takes seconds."""
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= 2**20
 
 
-def open_safetensors(path, framework="pt"):
+def open_safetensors(path: str | Path, framework="pt") -> safetensors.safe_open:
     with open(path, "rb") as file:
         if not is_safetensors(file.read(9)):
             raise UserError("not a safetensors file, or one with a header of more than a megabyte")
     return safetensors.safe_open(path, framework)
 
 
-def read_safetensors(path):
+def read_safetensors(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
     """A file of `save` -> (config, {name: tensor}, about)."""
     with open_safetensors(path) as file:
         metadata = file.metadata() or {}
@@ -109,26 +114,26 @@ def read_safetensors(path):
     return config, weights, about
 
 
-def noted_teacher(path, about):
+def noted_teacher(path: str | Path, about: dict[str, Any]) -> str | None:
     """The teacher in a student's notes, or None: a stranger's words, so shown before anything is opened."""
     if teacher := about.get("teacher"):
         tell(f"{path}: the teacher that it notes is {teacher}", "stdout")
     return teacher
 
 
-def integer(low, high=2**20):
+def integer(low: int, high=2**20) -> Callable:
     return lambda value: type(value) is int and low <= value < high
 
 
-def number(low, high):
+def number(low: float, high: float) -> Callable:
     return lambda value: type(value) in (int, float) and low <= value < high
 
 
-def integers(value):
+def integers(value: Any) -> bool:
     return type(value) in (list, tuple) and len(value) < 16 and all(map(integer(1), value))
 
 
-def word(value):
+def word(value: Any) -> bool:
     return type(value) is str and len(value) < 2**12 and not re.search("[\0-\x1f\x7f-\x9f]", value)
 
 
@@ -144,7 +149,7 @@ OPTIONS = dict(
 )  # fmt: skip
 
 
-def build(config, weights):
+def build(config: dict, weights: dict[str, Tensor]) -> EDMPrecond:
     """EDMPrecond(**config) with exactly these weights.  Allocates nothing that the file does not hold."""
     for name, value in config.items():
         if name not in OPTIONS or not OPTIONS[name](value):
@@ -161,7 +166,7 @@ def build(config, weights):
     return network
 
 
-def check_weights(weights, expected, dtypes=(torch.float32,)):
+def check_weights(weights: dict[str, Tensor], expected: dict[str, Tensor], dtypes=(torch.float32,)) -> None:
     """Names, shapes, types and values of {name: tensor} must be those of a network's.  Raises UserError."""
     missing, unknown = ([k for k in a if k not in b] for a, b in ((expected, weights), (weights, expected)))
     words = {"missing": missing, "unknown": unknown}
@@ -175,7 +180,7 @@ def check_weights(weights, expected, dtypes=(torch.float32,)):
             raise UserError(f"tensor {name} has values that are not finite")
 
 
-def some(names):
+def some(names: list[str]) -> str:
     """Words for a list of tensors: how many, and the first few."""
     listed = ", ".join(name[:100] for name in names[:3])
     return f"tensor{'s'[: len(names) > 1]} {listed}" + (f" and {len(names) - 3} more" if names[3:] else "")

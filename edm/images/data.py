@@ -10,6 +10,7 @@ import math
 import re
 import struct
 import zipfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from edm.config import LEAST_IMAGES
 from edm.images.foreign import expanding, tell
@@ -40,12 +42,12 @@ class Images:
         return len(self.images)
 
     @property
-    def num_classes(self):
+    def num_classes(self) -> int:
         """Largest label + 1; 0 without labels."""
         return 0 if self.labels is None else int(self.labels.max()) + 1
 
 
-def load_images(source, train=True, resolution=None):
+def load_images(source: str | Path, train=True, resolution: int | None = None) -> Images:
     """Read a data set, whose kind is told by its content.
 
     source: "digits" (scikit-learn's, 1797 of 1x8x8), or the path of
@@ -70,7 +72,7 @@ def load_images(source, train=True, resolution=None):
     return Images(images, labels, str(source))
 
 
-def load_fitting(source, shape, label_dim=0, judge=False, labelled=True):
+def load_fitting(source: str | Path, shape: Sequence[int], label_dim=0, judge=False, labelled=True) -> Images:
     """`load_images`, refused at once where it does not fit what will be done with it.
 
     shape: (C, H, W) of the network.  label_dim: classes that it learns from the data; 0: none.
@@ -89,7 +91,7 @@ def load_fitting(source, shape, label_dim=0, judge=False, labelled=True):
     return data
 
 
-def load_digits():
+def load_digits() -> tuple[Tensor, Tensor]:
     from sklearn import datasets  # here, because importing it takes a second
 
     digits = datasets.load_digits()
@@ -97,7 +99,7 @@ def load_digits():
     return images[:, None], torch.from_numpy(digits.target.astype(np.int64))
 
 
-def visible(source, sizes):
+def visible(source: Path, sizes: dict[str, int]) -> dict[str, int]:
     """Of {name: bytes} the files that are not hidden."""
     shown = {name: size for name, size in sizes.items() if not HIDDEN.search(name)}
     if hidden := len(sizes) - len(shown):
@@ -105,7 +107,7 @@ def visible(source, sizes):
     return shown
 
 
-def load_folder(folder, train, resolution):
+def load_folder(folder: Path, train: bool, resolution: int | None) -> tuple[Tensor, Tensor | None]:
     with naming(folder):
         found = [p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()]
         sizes = {p.relative_to(folder).as_posix(): p.stat().st_size for p in found if p.is_file()}
@@ -122,7 +124,7 @@ def load_folder(folder, train, resolution):
     return load_pngs(folder, files, sum(files.values()), read, resolution)
 
 
-def below_ten(labels):  # MNIST and CIFAR-10 both have ten classes
+def below_ten(labels: Tensor) -> Tensor:  # MNIST and CIFAR-10 both have ten classes
     if labels.max() > 9:
         raise UserError(f"label {int(labels.max())} is not one of the ten classes")
     return labels.long()
@@ -132,7 +134,7 @@ def below_ten(labels):  # MNIST and CIFAR-10 both have ten classes
 # dimensions as big-endian 32-bit numbers, the bytes.
 
 
-def load_mnist(folder, part):
+def load_mnist(folder: Path, part: str) -> tuple[Tensor, Tensor]:
     images = read_idx(folder / f"{part}-images-idx3-ubyte", 28, 28)
     labels = read_idx(folder / f"{part}-labels-idx1-ubyte")
     with naming(folder / f"{part}-labels-idx1-ubyte"):
@@ -141,7 +143,7 @@ def load_mnist(folder, part):
         return images[:, None], below_ten(labels)
 
 
-def read_idx(file, *size):
+def read_idx(file: Path, *size) -> Tensor:
     """An IDX file of N items of this size, or the same with .gz -> (N, *size) uint8."""
     file = file if file.exists() else file.with_name(file.name + ".gz")
     with naming(file), (gzip.open if file.suffix == ".gz" else open)(file, "rb") as stream:
@@ -163,7 +165,7 @@ def read_idx(file, *size):
 # CIFAR-10's batches: 3072 bytes an image, [C, H, W]; labels 0 to 9.
 
 
-def load_cifar10(files, read):
+def load_cifar10(files: list[Path], read: Callable) -> tuple[Tensor, Tensor]:
     parts = []
     for file in files:
         with naming(file):
@@ -173,7 +175,7 @@ def load_cifar10(files, read):
     return torch.cat(images), torch.cat(labels)
 
 
-def read_binary_batch(content):
+def read_binary_batch(content: bytes) -> tuple[Tensor, Tensor]:
     """Records of a label and an image -> images (N, 3072), labels (N,), uint8."""
     if not content or len(content) % 3073:
         raise UserError(f"its {len(content)} bytes are not whole records of 3073")
@@ -186,7 +188,7 @@ NUMPY = {("numpy.core.multiarray", "_reconstruct"): Record, ("numpy", "ndarray")
          ("numpy", "dtype"): Record}  # fmt: skip
 
 
-def read_python_batch(content):
+def read_python_batch(content: bytes) -> tuple[Tensor, Tensor]:
     """A pickle of Python 2, a dictionary with data and labels -> images (N, 3072), labels (N,), uint8."""
     batch = InertUnpickler(BytesIO(content), NUMPY, encoding="bytes").load()
     labels = bytearray(list(batch[b"labels"]))  # fails for all but numbers from 0 to 255
@@ -198,7 +200,7 @@ def read_python_batch(content):
     return torch.frombuffer(bytearray(data), dtype=torch.uint8), torch.frombuffer(labels, dtype=torch.uint8)
 
 
-def load_zip(path, resolution):
+def load_zip(path: Path, resolution: int | None) -> tuple[Tensor, Tensor | None]:
     with naming(path):
         archive = zipfile.ZipFile(path)
     with archive:  # if a size is a lie, zipfile refuses it
@@ -212,14 +214,14 @@ def load_zip(path, resolution):
 # Pixels, labels and what the networks take.
 
 
-def to_network(images):
+def to_network(images: Tensor) -> Tensor:
     """uint8 images, any shape -> float32 in [-1, 1]: u / 127.5 - 1."""
     if images.dtype != torch.uint8:
         raise ValueError(f"images of {images.dtype}, not uint8")
     return images.to(torch.float32) / 127.5 - 1
 
 
-def to_uint8(x):
+def to_uint8(x: Tensor) -> Tensor:
     """Float images, any shape -> uint8: x * 127.5 + 128, clipped to [0, 255], truncated, not rounded.
 
     Takes back to_network exactly.  Raises ValueError for NaN, which has no pixel value.
@@ -229,7 +231,7 @@ def to_uint8(x):
     return (x * 127.5 + 128).clip(0, 255).to(torch.uint8)
 
 
-def one_hot(labels, label_dim):
+def one_hot(labels: Tensor, label_dim: int) -> Tensor:
     """labels (N,) int64 -> (N, label_dim) float32.  Raises UserError naming a label out of range."""
     outside = labels[(labels < 0) | (labels >= label_dim)]
     if len(outside):

@@ -8,10 +8,13 @@ import pickle
 import re
 import reprlib
 import struct
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from edm.images.foreign import tell
 from edm.images.safe_pickle import InertUnpickler, Record
@@ -32,7 +35,7 @@ TABLE = {
 }
 
 
-def read_pickle(path):
+def read_pickle(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     """EDM's .pkl -> (config, {name: tensor} in the order of a state dict), of its entry "ema".
 
     Raises UserError, without the file's name, unless that is an EDMPrecond around a SongUNet.
@@ -61,12 +64,12 @@ def read_pickle(path):
     return config, weights
 
 
-def attributes(module):
+def attributes(module: Any) -> Any:
     """The attribute dict of a pickled module, of one of EDM's classes or torch's."""
     return module.args[0]["state"] if module.args else module.state
 
 
-def plain(value):
+def plain(value: Any) -> Any:
     """A keyword argument, with numpy's float64 scalars made floats."""
     if not isinstance(value, Record):
         return tuple(value) if isinstance(value, tuple) else value
@@ -76,7 +79,7 @@ def plain(value):
     return struct.unpack("<d", data)[0]  # exactly 8 bytes
 
 
-def named_tensors(module, prefix, seen):
+def named_tensors(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) for all in a pickled module: parameters, buffers, then children."""
     state = attributes(module)
     for part in (module, state["_parameters"], state["_buffers"], state["_modules"]):
@@ -90,14 +93,14 @@ def named_tensors(module, prefix, seen):
             yield from named_tensors(child, f"{prefix}{name}.", seen)
 
 
-def once(part, seen):
+def once(part: Any, seen: set[int]) -> None:
     """Refuse what occurs twice: no part of these networks does, and a loop would not end."""
     if id(part) in seen:
         raise UserError("a module or storage occurs twice")
     seen.add(id(part))
 
 
-def read_tensor(record, seen):
+def read_tensor(record: Any, seen: set[int]) -> Tensor:
     """A pickled tensor, which must be the whole of its storage, in C order."""
     storage, offset, shape, stride, *_ = record.args
     once(storage, seen)
@@ -133,7 +136,7 @@ STORAGE = re.compile(
 KINDS = {b"Half": np.dtype("<f2"), b"Float": np.dtype("<f4"), b"Double": np.dtype("<f8")}
 
 
-def read_storage(data):
+def read_storage(data: bytes) -> Tensor:
     """The bytes of one HalfStorage, FloatStorage or DoubleStorage -> tensor (n,) of that type."""
     form = STORAGE.match(data)
     if not form:

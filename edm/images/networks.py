@@ -11,7 +11,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 SQRT_HALF = math.sqrt(0.5)  # keeps the variance of a sum of two
 
@@ -27,13 +27,13 @@ ARCHITECTURES = {  # of the released models; "vp" and "ve" name the network only
 # Layers.  gain scales the Xavier-uniform weights: layers that end a residual branch start near 0.
 
 
-def xavier_(weight, gain):
+def xavier_(weight: Tensor, gain: float) -> Tensor:
     fan_out, fan_in = weight.shape[0] * weight[0, 0].numel(), weight[0].numel()
     bound = gain * math.sqrt(6 / (fan_in + fan_out))
     return nn.init.uniform_(weight, -bound, bound)
 
 
-def linear(n_in, n_out, bias=True):
+def linear(n_in: int, n_out: int, bias=True) -> nn.Linear:
     layer = nn.Linear(n_in, n_out, bias=bias, dtype=torch.float32)
     xavier_(layer.weight, 1)
     if bias:
@@ -41,7 +41,7 @@ def linear(n_in, n_out, bias=True):
     return layer
 
 
-def group_norm(channels):
+def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6, dtype=torch.float32)
 
 
@@ -49,10 +49,10 @@ class Conv2d(nn.Module):
     """Convolution that may halve or double the resolution, with a fixed low-pass filter.
 
     The filter comes first.  `fused`, in NCSN++'s auxiliary path, is the other order: a convolution
-    with wider padding, then the filter without any.
-    """
+    with wider padding, then the filter without any."""
 
-    def __init__(self, n_in, n_out, kernel, *, up=False, down=False, fused=False, taps=(1, 1), gain=1.0):
+    def __init__(self, n_in: int, n_out: int, kernel: int, *, up=False, down=False, fused=False, taps=(1, 1),
+                 gain=1.0):  # fmt: skip
         super().__init__()
         weight = torch.empty(n_out, n_in, kernel, kernel, dtype=torch.float32)
         self.weight = nn.Parameter(xavier_(weight, gain))
@@ -62,13 +62,13 @@ class Conv2d(nn.Module):
             taps = torch.tensor(taps, dtype=torch.float32)
             self.register_buffer("resample_filter", (taps[:, None] * taps / taps.sum() ** 2)[None, None])
 
-    def resample(self, x, padding):
+    def resample(self, x: Tensor, padding: int) -> Tensor:
         """Depthwise filter with stride 2."""
         taps = self.resample_filter.to(x.dtype).expand(x.shape[1], -1, -1, -1)
         how = dict(groups=x.shape[1], stride=2, padding=padding)
         return F.conv_transpose2d(x, 4 * taps, **how) if self.up else F.conv2d(x, taps, **how)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         pad = self.weight.shape[-1] // 2
         if self.fused:
             x = F.conv2d(x, self.weight, padding=pad + self.pad)
@@ -81,11 +81,10 @@ class Conv2d(nn.Module):
 class Block(nn.Module):
     """Residual block: norm, conv (which may resample), + noise embedding, norm, conv; then attention.
 
-    Sums are scaled by sqrt(1/2).  emb (B, E) comes with its nonlinearity already applied.
-    """
+    Sums are scaled by sqrt(1/2).  emb (B, E) comes with its nonlinearity already applied."""
 
-    def __init__(self, n_in, n_out, emb_channels, *, up=False, down=False, attention=False, taps=(1, 1),
-                 dropout=0.0):  # fmt: skip
+    def __init__(self, n_in: int, n_out: int, emb_channels: int, *, up=False, down=False, attention=False,
+                 taps=(1, 1), dropout=0.0):  # fmt: skip
         super().__init__()
         resampling = dict(up=up, down=down, taps=taps)
         self.dropout = dropout
@@ -99,14 +98,14 @@ class Block(nn.Module):
         self.qkv = Conv2d(n_out, 3 * n_out, 1, gain=math.sqrt(0.2)) if attention else None
         self.proj = Conv2d(n_out, n_out, 1, gain=1e-5) if attention else None
 
-    def attend(self, x):
+    def attend(self, x: Tensor) -> Tensor:
         """One head over all channels; the 3C channels of qkv are ordered (channel, then q, k, v)."""
         B, C, H, W = x.shape
         q, k, v = self.qkv(x).permute(0, 2, 3, 1).reshape(B, 1, H * W, C, 3).unbind(-1)  # (B, 1, HW, C)
         out = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())
         return self.proj(out.reshape(B, H, W, C).permute(0, 3, 1, 2))
 
-    def forward(self, x, emb):
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv0(F.silu(self.norm0(x)))
         h = F.silu(self.norm1(h + self.affine(emb)[:, :, None, None].to(h.dtype)))
         h = self.conv1(F.dropout(h, self.dropout, self.training))
@@ -121,7 +120,7 @@ class Block(nn.Module):
 class SongUNet(nn.Module):
     """F(x, c_noise, labels) -> like x.  Arguments and defaults as in EDM's checkpoints."""
 
-    def __init__(self, img_resolution, in_channels, out_channels, label_dim=0, augment_dim=0,
+    def __init__(self, img_resolution: int, in_channels: int, out_channels: int, label_dim=0, augment_dim=0,
                  model_channels=128, channel_mult=(1, 2, 2, 2), channel_mult_emb=4, num_blocks=4,
                  attn_resolutions=(16,), dropout=0.10, label_dropout=0, embedding_type="positional",
                  channel_mult_noise=1, encoder_type="standard", decoder_type="standard",
@@ -186,7 +185,7 @@ class SongUNet(nn.Module):
         self.dec[f"{name}_aux_norm"] = group_norm(now)
         self.dec[f"{name}_aux_conv"] = Conv2d(now, out_channels, 3, gain=1e-5)
 
-    def embed(self, c_noise, class_labels, augment_labels):
+    def embed(self, c_noise: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
         """Noise level (B,) or (1,), labels (B, label_dim), augmentations (B, augment_dim) -> (B, E)."""
         half = self.noise_channels // 2
         if self.map_noise is not None:
@@ -204,7 +203,8 @@ class SongUNet(nn.Module):
             emb = emb + self.map_augment(augment_labels)
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
-    def forward(self, x, c_noise, class_labels=None, augment_labels=None):
+    def forward(self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None = None,
+                augment_labels: Tensor | None = None) -> Tensor:  # fmt: skip
         with torch.autocast(x.device.type, enabled=False):  # small, and sensitive: full precision
             emb = self.embed(c_noise, class_labels, augment_labels)
         aux, skips = x, []
@@ -228,7 +228,7 @@ class SongUNet(nn.Module):
 # The denoiser and the generator.
 
 
-def per_sample(sigma, x):
+def per_sample(sigma: float | Tensor, x: Tensor) -> Tensor:
     """sigma, a number or a tensor of one or of B, as (B,) for x (B, ...): on its device, float32 at least."""
     exact = torch.promote_types(x.dtype, torch.float32)
     sigma = torch.as_tensor(sigma, dtype=exact, device=x.device).reshape(-1)
@@ -247,10 +247,9 @@ class EDMPrecond(nn.Module):
     x: (B, C, H, W), in [-1, 1] plus noise.  sigma: (B,), or one for all.  class_labels: (B, label_dim),
     one-hot, or one row for all; none means zeros; ignored by an unconditional network.  augment_labels:
     (B, augment_dim) or none.  Raises ValueError for labels of another shape, such as class indices.
-    The arithmetic here is float32, or float64 if the weights are, whatever F computes in.
-    """
+    The arithmetic here is float32, or float64 if the weights are, whatever F computes in."""
 
-    def __init__(self, img_resolution, img_channels, label_dim=0, sigma_data=0.5, **unet):
+    def __init__(self, img_resolution: int, img_channels: int, label_dim=0, sigma_data=0.5, **unet):
         super().__init__()
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
         self.sigma_data = sigma_data
@@ -259,11 +258,11 @@ class EDMPrecond(nn.Module):
         self.model = SongUNet(img_resolution, img_channels, img_channels, label_dim, **unet)
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image."""
         return self.img_channels, self.img_resolution, self.img_resolution
 
-    def without_augmentation(self):
+    def without_augmentation(self) -> "EDMPrecond":
         """Itself, its map_augment dropped.
 
         That layer has no bias: without augment_labels, or with zeros, it adds nothing to D and gets no
@@ -273,7 +272,8 @@ class EDMPrecond(nn.Module):
             self.model.map_augment, self.config["augment_dim"] = None, 0
         return self
 
-    def forward(self, x, sigma, class_labels=None, augment_labels=None):
+    def forward(self, x: Tensor, sigma: float | Tensor, class_labels: Tensor | list | None = None,
+                augment_labels: Tensor | None = None) -> Tensor:  # fmt: skip
         dtype = torch.promote_types(self.model.map_layer0.weight.dtype, torch.float32)
         x = x.to(dtype)
         sigma = per_sample(sigma, x).reshape(-1, 1, 1, 1)
@@ -291,10 +291,10 @@ class EDMPrecond(nn.Module):
 class Generator(nn.Module):
     """g(z) = D(sigma_init z; sigma_init), z ~ N(0, I): a denoiser used once (B.4)."""
 
-    def __init__(self, denoiser, sigma_init=2.5):
+    def __init__(self, denoiser: nn.Module, sigma_init=2.5):
         super().__init__()
         self.denoiser, self.sigma_init = denoiser, sigma_init
 
-    def forward(self, z, **cond):
+    def forward(self, z: Tensor, **cond) -> Tensor:
         sigma = z.new_full((len(z),), self.sigma_init)
         return self.denoiser(self.sigma_init * z, sigma, **cond)

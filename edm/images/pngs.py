@@ -4,11 +4,15 @@ import json
 import math
 import os
 import struct
+from collections.abc import Callable
 from io import BytesIO
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from edm.images.foreign import expanding
 from toy.files import UserError, naming
@@ -17,7 +21,9 @@ MAX_FILE, MAX_CLASSES = 2**28, 2**16  # bytes of a PNG; labels: far above any da
 PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\x0dIHDR"
 
 
-def load_pngs(source, files, stored, read, resolution):
+def load_pngs(
+    source: Path, files: dict[str, int], stored: int, read: Callable, resolution: int | None
+) -> tuple[Tensor, Tensor | None]:
     """files: {name: bytes}, all of them.  stored: bytes that they take on the disk.  read(name) -> bytes.
 
     An image of another kind is an error, not skipped.  What is too large is refused before it is decoded.
@@ -56,7 +62,7 @@ def load_pngs(source, files, stored, read, resolution):
 # dataset.json: {"labels": [[name, label], ...] or null}, label a class index or one-hot.
 
 
-def labels_file(files, names):
+def labels_file(files: dict[str, int], names: list[str]) -> str | None:
     """The topmost dataset.json in a folder that holds all images, such as a zip's only one; or None."""
     for file in sorted(files, key=len):
         folder, _, last = file.rpartition("/")
@@ -64,7 +70,7 @@ def labels_file(files, names):
             return file
 
 
-def png_shape(content):
+def png_shape(content: bytes) -> tuple[int, int, int]:
     """The bytes of a square 8-bit grey or RGB PNG -> (C, H, W), C = 1 or 3, as its head announces."""
     if not content.startswith(PNG_START) or len(content) < 26:
         raise UserError("not a PNG")
@@ -77,7 +83,7 @@ def png_shape(content):
     return (1 if colour == 0 else 3), height, width
 
 
-def read_png(content, shape):
+def read_png(content: bytes, shape: tuple[int, int, int]) -> np.ndarray:
     """-> (C, H, W) uint8 array."""
     try:
         Image.open(BytesIO(content), formats=["PNG"]).verify()  # the checksums, which decoding ignores
@@ -87,7 +93,7 @@ def read_png(content, shape):
     return pixels.reshape(*shape[1:], shape[0]).transpose(2, 0, 1)
 
 
-def read_labels(content, names):
+def read_labels(content: bytes, names: list[str]) -> Tensor | None:
     """The text of dataset.json -> labels (N,) int64 in the order of names, or None."""
     entries = json.loads(content)["labels"]
     if entries is None:
@@ -98,7 +104,7 @@ def read_labels(content, names):
     return torch.tensor([class_index(name, labels.get(name)) for name in names])
 
 
-def class_index(name, label):
+def class_index(name: str, label: Any) -> int:
     if isinstance(label, list) and sorted(label) == [0] * (len(label) - 1) + [1]:
         label = label.index(1)
     if type(label) is not int or not 0 <= label < MAX_CLASSES:

@@ -11,6 +11,8 @@ import mmap
 import struct
 import sys
 import zipfile
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +31,7 @@ NESTS += "state_dict model_state_dict model module params generator net network"
 class Call(type):
     """Of the stand-ins: whether they may be called."""
 
-    def __call__(cls, *args, **kwargs):
+    def __call__(cls, *args, **kwargs) -> "Forgotten":
         if not cls.allowed:
             raise UserError(f"not opened: it calls {cls.__name__}, which might be code")
         return cls.__new__(cls)
@@ -43,7 +45,7 @@ class Forgotten(metaclass=Call):
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
 
-    def forget(self, *args):
+    def forget(self, *args) -> None:
         pass
 
     __setstate__ = __setitem__ = append = extend = add = update = forget
@@ -54,7 +56,7 @@ class Dictionary(dict):
 
 
 class DefaultDictionary(Dictionary):
-    def __init__(self, factory=None):
+    def __init__(self, factory: Any = None):
         pass
 
 
@@ -99,7 +101,7 @@ DTYPES = dict(Float=torch.float32, Half=torch.float16, BFloat16=torch.bfloat16, 
               Bool=torch.bool)  # fmt: skip
 
 
-def stand_in(module, name, allowed=False):
+def stand_in(module: str, name: str, allowed=False) -> Call:
     return Call(f"{module}.{name}"[:100], (Forgotten,), {"allowed": allowed})
 
 
@@ -122,14 +124,14 @@ TABLE |= {
 class Reader(InertUnpickler):
     """The table, a stand-in for every other name, and storages."""
 
-    def __init__(self, file, storages):
+    def __init__(self, file: io.BytesIO | mmap.mmap, storages: dict[Any, Storage]):
         super().__init__(file, TABLE, encoding="latin1")  # Python 2's strings can hold anything
         self.storages = storages
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> Any:
         return self.table.get((module, name)) or stand_in(module, name)
 
-    def persistent_load(self, pid):
+    def persistent_load(self, pid: Any) -> Storage:
         kind, dtype, key, *_ = pid
         if kind != "storage":
             raise UserError("it has persistent ids that are no storages")
@@ -139,7 +141,7 @@ class Reader(InertUnpickler):
 # The two forms of the file -> its content, {key of a storage: where its bytes are}.
 
 
-def read_zip(path, data):
+def read_zip(path: str | Path, data: np.ndarray) -> tuple[Any, dict[str, slice]]:
     """A pickle, and a file for each storage, in a zip file."""
     with zipfile.ZipFile(path) as archive:
         files = {info.filename: info for info in archive.infolist()}
@@ -159,7 +161,7 @@ def read_zip(path, data):
     return content, {name.removeprefix("data/"): place for name, place in places.items()}
 
 
-def read_old(path, data):
+def read_old(path: str | Path, data: np.ndarray) -> tuple[Any, dict[Any, slice]]:
     """Before torch 1.6: pickles of a magic number, a version, the machine; of the content and of the keys of
     the storages, which follow, each with its number of elements before it."""
     places, storages = {}, {}
@@ -174,7 +176,7 @@ def read_old(path, data):
     return content, places
 
 
-def read_pth(path):
+def read_pth(path: str | Path) -> dict[str, torch.Tensor]:
     """A file of torch.save -> {name: tensor}, views of the file; of several networks the moving average.
 
     What else is in it is ignored, and counted in one line on stderr.  Raises UserError, without the file's
@@ -202,7 +204,7 @@ def read_pth(path):
     return found
 
 
-def find_weights(content, seen):
+def find_weights(content: Any, seen: set[int]) -> tuple[dict[str, Tensor], list]:
     """A dictionary, with others in it -> ({name: Tensor}, names of all that is not among them).
 
     seen: ids of the dictionaries that were looked at: one that is found again and again is of no use.

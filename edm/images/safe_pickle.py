@@ -1,7 +1,8 @@
 """Reading foreign pickles without executing anything in them."""
 
 import pickle
-from collections.abc import Sized
+from collections.abc import Callable, Sized
+from typing import Any, NoReturn
 
 from edm.images.foreign import Budget
 from toy.files import UserError
@@ -46,7 +47,7 @@ NAMES = {pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.INST}
 COPIED = {pickle.REDUCE: 1, pickle.NEWOBJ: 1, pickle.NEWOBJ_EX: 2, pickle.BINPERSID: 1}  # from the stack
 
 
-def metered(opcode, run):
+def metered(opcode: bytes, run: Callable) -> Callable:
     """The opcode's function, which pays first, and whose result is an Opaque one."""
     price, copied = 1000 if opcode in NAMES else 1, COPIED.get(opcode, 0)
 
@@ -77,12 +78,12 @@ class InertUnpickler(pickle._Unpickler):
 
     dispatch = METERED
 
-    def __init__(self, file, table, **how):
+    def __init__(self, file: Any, table: dict[tuple, Any], **how):
         super().__init__(file, **how)
         self.table = table
         self.budget = Budget(STEPS, f"a pickle of more than {STEPS:,} steps, with names for a thousand each")
 
-    def load(self):
+    def load(self) -> Any:
         """UserError, without the file's name, whatever is wrong with it."""
         try:
             return super().load()
@@ -92,13 +93,13 @@ class InertUnpickler(pickle._Unpickler):
             words = f"{type(error).__name__}: {str(error)[:100]}"
             raise UserError(f"not a readable pickle ({words})") from None
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.table:
             raise UserError(f"it asks for {f'{module}.{name}'[:100]}, which is not allowed")
         return self.table[module, name]
 
-    def persistent_load(self, pid):
+    def persistent_load(self, pid: Any) -> Any:
         raise UserError("it has persistent ids, which are not allowed")
 
-    def get_extension(self, code):
+    def get_extension(self, code: int) -> NoReturn:
         raise UserError("it uses the extension registry, which is not allowed")

@@ -2,16 +2,19 @@
 
 import math
 import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from edm.device import finest
 from edm.images.data import one_hot, to_uint8
-from edm.images.networks import Generator
+from edm.images.networks import EDMPrecond, Generator
 from toy.files import UserError
 
 
-def latents(seeds, shape, label_dim=0):
+def latents(seeds: Iterable[int], shape: Sequence[int], label_dim=0) -> tuple[Tensor, Tensor | None]:
     """One latent per seed: z (B, *shape) ~ N(0, I), float32, and class indices (B,), or None without classes.
 
     Each seed has a CPU generator of its own, for the latent and then the class: a sample depends on
@@ -25,7 +28,9 @@ def latents(seeds, shape, label_dim=0):
     return torch.stack(z), torch.stack(labels) if label_dim else None
 
 
-def fixed_latents(network, device, rows=8):
+def fixed_latents(
+    network: EDMPrecond, device: str | torch.device, rows=8
+) -> tuple[Tensor, dict[str, Tensor]]:
     """For pictures: latents of the first seeds, one column per class -> z, {"class_labels": ...} or {}."""
     columns = network.label_dim if 1 < network.label_dim <= 20 else 10
     z, _ = latents(range(rows * columns), network.shape)
@@ -36,7 +41,7 @@ def fixed_latents(network, device, rows=8):
 
 
 @torch.no_grad()
-def heun(denoiser, z, steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0, **cond):
+def heun(denoiser: Callable, z: Tensor, steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0, **cond) -> Tensor:
     """EDM's deterministic sampler (arXiv:2206.00364, algorithm 1 without churn) -> like z, in float64.
 
     On MPS, which has no float64, in float32.
@@ -69,7 +74,7 @@ def heun(denoiser, z, steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0, **cond
 MAX_SEEDS = 10_000_000
 
 
-def parse_seeds(text):
+def parse_seeds(text: str) -> list[int]:
     """ "0-3,7" -> [0, 1, 2, 3, 7].  Raises UserError."""
     seeds = []
     for part in text.split(","):
@@ -87,7 +92,7 @@ def parse_seeds(text):
     return seeds
 
 
-def make_sampler(network, about, steps=18):
+def make_sampler(network: EDMPrecond, about: dict[str, Any], steps=18) -> tuple[Callable, int]:
     """-> (sample(z, class_labels) -> images (B, C, H, W), float; evaluations of the network per image).
 
     about: the notes beside the weights; with a sigma_init among them the network is a one-step
@@ -103,7 +108,9 @@ def make_sampler(network, about, steps=18):
     return lambda z, class_labels: generator(z, class_labels=class_labels), 1
 
 
-def sample_batches(sample, network, seeds, batch, label=None, device="cpu"):
+def sample_batches(
+    sample: Callable, network: EDMPrecond, seeds: Sequence[int], batch: int, label: int | None = None,
+    device="cpu") -> Iterator[tuple[Sequence[int], Tensor, Tensor | None]]:  # fmt: skip
     """Yield (seeds, images (B, C, H, W) uint8, class indices (B,) or None), all on the CPU.
 
     sample: of `make_sampler`, with its network on the device.  label: class of all, else by seed.
@@ -133,7 +140,7 @@ def sample_batches(sample, network, seeds, batch, label=None, device="cpu"):
 
 
 @torch.no_grad()
-def fixed_size(sample, z, cond, size, device):
+def fixed_size(sample: Callable, z: Tensor, cond: Tensor, size: int, device: torch.device) -> Tensor:
     """sample(z, cond) by a call with `size` images: the missing ones are zeros."""
     z_full, cond_full = (torch.cat([x, x.new_zeros(size - len(x), *x.shape[1:])]) for x in (z, cond))
     return sample(z_full.to(device), cond_full.to(device))[: len(z)]

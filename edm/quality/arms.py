@@ -22,11 +22,11 @@ sim.SIGMA_DISTRIBUTIONS["pixart-cut"] = partial(sim.SIGMA_DISTRIBUTIONS["pixart"
 BOTH, THETA = ("", "fake_"), ("",)
 
 
-def levels(name, whose=BOTH):
+def levels(name: str, whose=BOTH) -> dict[str, str]:
     return {f"{of}sigma_distribution": name for of in whose}
 
 
-def lognormal(mean, std, whose):
+def lognormal(mean: float, std: float, whose: tuple[str, ...]) -> dict[str, float]:
     return {f"{of}sigma_{part}": value for of in whose for part, value in (("mean", mean), ("std", std))}
 
 

@@ -1,8 +1,11 @@
 """Do samples of the text digits follow their captions?"""
 
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from torch.nn import Module
 
 from edm.images.data import to_uint8
 from edm.images.sampler import heun, latents
@@ -19,7 +22,7 @@ class Reader:
     prompt; the others are those of `evaluate_samples`.  floor: Frechet distance of the data's halves.
     """
 
-    def __init__(self, shape, vae, encoder, n, cache):
+    def __init__(self, shape: tuple[int, ...], vae: Module, encoder: Callable, n: int, cache: str | Path):
         data = pictures()
         self.shape, self.vae, self.encoder, self.n = shape, vae, encoder, n
         self.net = classifier_features(data, cache)
@@ -27,7 +30,7 @@ class Reader:
         self.reference, self.floor = Reference(features), data_floor(features)["fd"]
 
     @torch.no_grad()
-    def __call__(self, sample):
+    def __call__(self, sample: Callable) -> dict[str, float | list[int]]:
         start, images = time.perf_counter(), []
         for seeds in torch.arange(self.n).split(100):
             z, _ = latents(seeds.tolist(), self.shape)
@@ -42,12 +45,12 @@ class Reader:
         return numbers | {"follows": follows, "images_per_second": self.n / seconds}
 
 
-def by_teacher(teacher):
+def by_teacher(teacher: Callable) -> Callable:
     """A denoiser of the text digits -> sample(z, **caption) in many steps."""
     return lambda z, **caption: heun(teacher, z, **SAMPLER, **caption)
 
 
-def compare(reader, generator, teacher):
+def compare(reader: Reader, generator: Callable, teacher: Callable) -> dict[str, float | list[int]]:
     """-> {"student_fd": ..., "teacher_fd": ..., ...} of the one-step network and the denoiser."""
     numbers = {"floor_fd": reader.floor, "samples": reader.n}
     for who, sample in {"student": generator, "teacher": by_teacher(teacher)}.items():

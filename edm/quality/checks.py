@@ -6,10 +6,13 @@ advice.  `check` calls all that are possible, in their order.  Nothing is random
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from textwrap import TextWrapper
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from edm.images.sampler import heun
 from edm.quality import wiring
@@ -37,8 +40,7 @@ class Verdict:
         return "\n".join(lines + (wrap.wrap(f"-> {self.advice}") if self.state == "WRONG" else []))
 
 
-def judge(name, function, *args):
-    """The verdict of a check, in which the denoiser may raise."""
+def judge(name: str, function: Callable, *args) -> Verdict:  # of a check, in which the denoiser may raise
     try:
         good, *words = function(*args)
     except Broken as error:
@@ -46,12 +48,12 @@ def judge(name, function, *args):
     return Verdict(name, "not checked" if good is None else "ok" if good else "WRONG", *words)
 
 
-def rms(x):
+def rms(x: Tensor) -> float:
     return x.double().square().mean().sqrt().item()
 
 
 # --- The function itself.  x (3, *shape): a few noisy samples.
-def shape(teacher, x, sigma):
+def shape(teacher: Any, x: Tensor, sigma: Tensor) -> tuple:
     for some in (x, x[:1]):
         with torch.no_grad():
             said = teacher.raw(some, sigma[: len(some)])
@@ -65,13 +67,13 @@ def shape(teacher, x, sigma):
     return said.dtype not in (torch.float16, torch.bfloat16), words, NARROW
 
 
-def repeat(teacher, x, sigma):
+def repeat(teacher: Any, x: Tensor, sigma: Tensor) -> tuple:
     first, again = (teacher.said(x, sigma) for _ in range(2))
     gap = rms(first - again) / rms(first - x.double())
     return gap < 1e-4, f"two calls differ by {gap:.1g} of what is denoised", "network.eval(), for dropout?"
 
 
-def batch(teacher, x, sigma):
+def batch(teacher: Any, x: Tensor, sigma: Tensor) -> tuple:
     row = lambda i: {k: v[i % len(v)][None] for k, v in (teacher.cond or {}).items()}
     alone = [teacher.said(x[i : i + 1], sigma[i : i + 1], cond=row(i)) for i in range(len(x))]
     together = teacher.said(x, sigma)
@@ -80,7 +82,7 @@ def batch(teacher, x, sigma):
     return gap < 0.02, words, "network.eval()? one sigma for the whole batch?"
 
 
-def finite(teacher, x0, noise):
+def finite(teacher: Any, x0: Tensor, noise: Tensor) -> tuple:
     levels = ladder(teacher)
     bad = [s for s in levels.tolist() if not teacher.said(x0[:2] + s * noise[:2], s).isfinite().all()]
     words = f"from sigma {levels[0]:.3g} to {levels[-1]:.4g}"
@@ -88,14 +90,13 @@ def finite(teacher, x0, noise):
     return not bad, words, "half precision overflows? float32 around the network; scale xt"
 
 
-def ladder(teacher, count=16, low=0.0, high=math.inf):
-    """Noise levels of its range, float64."""
+def ladder(teacher: Any, count=16, low=0.0, high=math.inf) -> Tensor:  # noise levels of its range, float64
     low, high = (min(max(v, teacher.sigma_min), teacher.sigma_max) for v in (low, high))
     levels = torch.logspace(math.log10(low), math.log10(high), count, dtype=torch.float64)
     return levels.clamp(low, high)
 
 
-def small(teacher, x0, noise, spread, advice):
+def small(teacher: Any, x0: Tensor, noise: Tensor, spread: float, advice: str) -> tuple:
     sigma = teacher.sigma_min
     if sigma > spread / 10:
         return None, f"sigma_min {sigma:g} is not small"
@@ -104,7 +105,7 @@ def small(teacher, x0, noise, spread, advice):
     return gap < 0.3 * spread + 2 * sigma, words, advice or "D must tend to x there"
 
 
-def large(teacher, x0, noise, mean, spread, advice):
+def large(teacher: Any, x0: Tensor, noise: Tensor, mean: Tensor | None, spread: float, advice: str) -> tuple:
     """D tends to the data's mean, as well as a network that predicts noise can say: to a share of sigma."""
     sigma = teacher.sigma_max
     if sigma < 15 * spread:
@@ -118,7 +119,7 @@ def large(teacher, x0, noise, mean, spread, advice):
     return max(gaps) < 0.5 * spread + 0.15 * sigma, words, advice or "D is the data's mean there, whatever x"
 
 
-def gradient(teacher, x0, noise, levels):
+def gradient(teacher: Any, x0: Tensor, noise: Tensor, levels: Tensor) -> tuple:
     """v^T J v along random v, by autograd and by differences, at some levels."""
     v = torch.randn(noise[:4].shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     slopes = torch.zeros(2, len(levels))
@@ -137,17 +138,17 @@ def gradient(teacher, x0, noise, levels):
 
 
 # --- On data.
-def mean_of(x):
+def mean_of(x: Tensor) -> float:
     return x.log().mean().exp().item()
 
 
-def denoising(own):
+def denoising(own: wiring.Wiring) -> tuple:
     ratio = mean_of(own.errors)
     words = f"{ratio:.3g} of the best linear denoiser's, at 0.1 to 6 times the data's spread"
     return ratio < 1.25, words, "see wiring; else: trained at all? are these its data?"
 
 
-def named(own, found, rows):
+def named(own: wiring.Wiring, found: wiring.Wiring, rows: dict[str, str]) -> tuple[tuple, tuple]:
     """What a better wiring mends -> of the wiring, of sigma."""
     gain, time = mean_of(found.errors / own.errors), found.time
     backwards = "; its time runs backwards, t and 1 - t exchanged" if "1 - " in [v[:4] for v in time] else ""
@@ -174,7 +175,7 @@ DEAF = (False, "the network says the same whatever sigma it is told",
         "a constant? t in [0, 1] where 0 to 1000 is expected, or the reverse?")  # fmt: skip
 
 
-def misread(samples, own, grams):
+def misread(samples: wiring.Samples, own: wiring.Wiring, grams: Tensor) -> tuple:
     """The network is right, and D is a mix of x and F that nobody knows."""
     a, b, c = wiring.best_mix(grams)[1][4].tolist()
     words = f"x0 is {a:.2g} x + {b:.2g} D + {c:.2g}, and not D, at sigma {samples.levels[4]:.2g}; "
@@ -182,7 +183,7 @@ def misread(samples, own, grams):
     return False, words, "D = p x + q F with another p or q than in training: see edm/quality/wiring.py"
 
 
-def confirmed(own, factors, logs):
+def confirmed(own: wiring.Wiring, factors: list[float], logs: Tensor) -> tuple[tuple, tuple]:
     """Nothing is better -> of the wiring, of sigma."""
     share, least = mean_of(own.bound / own.errors), int(logs.argmin())
     words = f"no other that was tried is better; the best a x + b D + c has {share:.2f} of D's error"
@@ -191,7 +192,7 @@ def confirmed(own, factors, logs):
     return (True, words), (good, f"the error is least when told {factors[least]:g} sigma", advice)
 
 
-def by_data(teacher, samples, seconds):
+def by_data(teacher: Any, samples: wiring.Samples, seconds: float) -> tuple:
     """-> of the error, of the wiring, of sigma, and what is drawn: samples, and the wiring that is better."""
     grams, (rows, inputs) = samples.grams(), wiring.tables(teacher.sigma_data)
     own = found = wiring.as_wired(samples, grams)
@@ -214,7 +215,7 @@ def by_data(teacher, samples, seconds):
     return denoising(own), *of, (samples, better)
 
 
-def labels(teacher, samples):
+def labels(teacher: Any, samples: wiring.Samples) -> tuple:
     """Whether conditions are heard, and, on data, whether they are the right ones."""
     heard = teacher.other or teacher.cond
     if not heard or max(map(len, heard.values())) < 2:
@@ -232,7 +233,7 @@ def labels(teacher, samples):
     return ratio < 1.03, words, "labels of other samples, or counted from 1 and not from 0?"
 
 
-def guidance(teacher, x, sigma):
+def guidance(teacher: Any, x: Tensor, sigma: Tensor) -> tuple:
     if not (teacher.guided and teacher.other):
         return None, "there is none"
     at = lambda scale: teacher.said(x, sigma, cond=teacher.other, denoiser=teacher.guided(scale))
@@ -241,7 +242,7 @@ def guidance(teacher, x, sigma):
     return gap < 0.02, f"D is affine in the scale to {gap:.1g}", "D_null + scale (D - D_null)"
 
 
-def units(teacher):
+def units(teacher: Any) -> tuple:
     if teacher.sigma_data is None or teacher.x0 is None:
         return None, "needs data and the network's sigma_data"
     ratio = teacher.x0.double().std().item() / teacher.sigma_data
@@ -250,8 +251,7 @@ def units(teacher):
 
 
 # --- All of them.
-def prepare(teacher, images):
-    """-> Samples, the data's mean or None."""
+def prepare(teacher: Any, images: int | None) -> tuple[wiring.Samples, Tensor | None]:  # the data's mean
     n = images or min(256, max(8, 24_576 // math.prod(teacher.shape)))
     rng = torch.Generator().manual_seed(0)
     noise, mean = torch.randn(n, *teacher.shape, generator=rng, dtype=torch.float64), None
@@ -267,7 +267,7 @@ def prepare(teacher, images):
     return wiring.Samples(teacher.said, x0, noise, levels, spread), mean
 
 
-def check(teacher, images=None, seconds=math.inf):
+def check(teacher: Any, images: int | None = None, seconds=math.inf) -> tuple[list[Verdict], tuple | None]:
     """-> [Verdict, ...], and what is drawn, or None."""
     x = torch.randn(3, *teacher.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
     few = teacher, x, torch.tensor([0.5, 1.0, 2.0])

@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from edm.device import Single
 from edm.images.checkpoints import digest
-from edm.images.data import to_network
+from edm.images.data import Images, to_network
 from toy.files import UserError, check_writable, naming, replacing
 
 TORCHSCRIPT = ("its TorchScript form, https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
@@ -45,7 +45,7 @@ class Inception(nn.Module):
     Raises UserError for a file that is not such a network.
     """
 
-    def __init__(self, path, trust=False):
+    def __init__(self, path: str | Path, trust=False):
         super().__init__()
         with naming(path), open(path, "rb") as file, warnings.catch_warnings():
             if file.read(1) == b"\x80":
@@ -61,23 +61,23 @@ class Inception(nn.Module):
             _, self.num_features = self(probe).shape
             _, _ = self.probabilities(probe).shape
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> Tensor:
         return self.net(images.expand(-1, 3, -1, -1), return_features=True).float()
 
-    def probabilities(self, images):
+    def probabilities(self, images: Tensor) -> Tensor:
         return self.net(images.expand(-1, 3, -1, -1)).float()
 
 
 class SmallClassifier(nn.Module):
     """A small convolutional classifier, to be trained; its features are the inputs of its last layer.
 
-    images: edm.data.Images, which set its size: convolutions halve the resolution down to 4x4.
+    images: edm.images.data.Images, which set its size: convolutions halve the resolution down to 4x4.
     Raises UserError if they have no labels.
     """
 
     num_features = 64
 
-    def __init__(self, images):
+    def __init__(self, images: Images):
         super().__init__()
         if images.labels is None:
             raise UserError(f"{images.name}: has no labels, which a classifier needs")
@@ -91,14 +91,14 @@ class SmallClassifier(nn.Module):
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(self.num_features, images.num_classes)
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> Tensor:
         return self.body(to_network(images))
 
-    def probabilities(self, images):
+    def probabilities(self, images: Tensor) -> Tensor:
         return self.head(self(images)).softmax(1)
 
 
-def shifted(images, pixels, rng):
+def shifted(images: Tensor, pixels: int, rng: torch.Generator) -> Tensor:
     """Each image (B, C, H, W) moved by up to `pixels` each way, zeros (black) coming in."""
     B, _, H, W = images.shape
     padded = F.pad(images, [pixels] * 4)
@@ -108,8 +108,8 @@ def shifted(images, pixels, rng):
     return picked.permute(0, 3, 1, 2)
 
 
-def train_classifier(images, seed=0, batch_size=64, lr=4e-3):
-    """edm.data.Images with labels, two at least -> (SmallClassifier, its accuracy on a tenth it never saw).
+def train_classifier(images: Images, seed=0, batch_size=64, lr=4e-3) -> tuple[SmallClassifier, float]:
+    """edm.images.data.Images with labels, 2 at least -> (SmallClassifier, accuracy on a tenth it never saw).
 
     Some seconds for the digits, a minute or two for Fashion-MNIST.  Always on the CPU: there the
     same seed gives the same bits, on one machine and number of threads.
@@ -138,7 +138,7 @@ def train_classifier(images, seed=0, batch_size=64, lr=4e-3):
     return net, torch.cat(hits).float().mean().item()
 
 
-def read_cache(path, origin):
+def read_cache(path: str | Path, origin: str) -> dict[str, Tensor]:
     """State dict of a classifier.  ValueError or the like if the file is not what was written."""
     with safe_open(path, "pt") as file:
         about = file.metadata() or {}
@@ -150,8 +150,8 @@ def read_cache(path, origin):
     return state
 
 
-def classifier_features(images, cache):
-    """The classifier of edm.data.Images, read from the file `cache`, or trained and kept there.
+def classifier_features(images: Images, cache: str | Path) -> SmallClassifier:
+    """The classifier of edm.images.data.Images, read from the file `cache`, or trained and kept there.
 
     The file knows the data and the code that it came from and its own digest.  UserError if anything
     differs: what was not made here, from these data, is never written over.

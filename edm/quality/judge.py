@@ -1,8 +1,12 @@
 """Rows of a comparison: a sampler's images against the data."""
 
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+from torch import Tensor
+from torch.nn import Module
 from tqdm import tqdm
 
 from edm.images.sampler import make_sampler, sample_batches
@@ -18,7 +22,7 @@ from edm.quality.metrics import (
 from toy.files import UserError, check_apart
 
 
-def feature_network(cfg, data, state):
+def feature_network(cfg: Any, data: Any, state: Any) -> Module:
     if cfg.inception:
         return Inception(cfg.inception, cfg.trust).to(state.device)
     default = Path(cfg.out).with_name(f"classifier-{Path(cfg.data).stem}.safetensors")
@@ -28,7 +32,7 @@ def feature_network(cfg, data, state):
         return classifier_features(data, cache).to(state.device)
 
 
-def timed(batches, clock):
+def timed(batches: Iterable, clock: list[float]) -> Iterator[Tensor]:
     """The images of `sample_batches`; the seconds it takes to make them are added to clock[0]."""
     batches = iter(batches)
     while True:
@@ -43,17 +47,17 @@ def timed(batches, clock):
 class Judge:
     """Rows of the table: each is a sampler's, against data whose own features are computed once.
 
-    cfg: filled settings.  data: an edm.data.Images.  state: accelerate's, of processes that share the work.
+    cfg: filled settings.  data: edm.images.data.Images.  state: accelerate's, of those who share the work.
     """
 
-    def __init__(self, cfg, data, state):
+    def __init__(self, cfg: Any, data: Any, state: Any):
         self.cfg, self.state, self.net = cfg, state, feature_network(cfg, data, state)
         statistics = load_statistics(cfg.reference, self.net.num_features) if cfg.reference else None
         mine = data.images[state.process_index :: state.num_processes]
         features, self.probabilities = features_of(self.net, mine.split(cfg.batch))
         self.reference = Reference(features, statistics)
 
-    def __call__(self, name, network, about):
+    def __call__(self, name: str, network: Module, about: dict) -> dict[str, float | list[int]]:
         """One sampler's row, from images of which each process makes its share."""
         cfg, state = self.cfg, self.state
         network.to(state.device)
@@ -68,7 +72,7 @@ class Judge:
         speed = {"seconds": clock[0], "images_per_second": cfg.samples / clock[0]}
         return {"evaluations": evaluations} | row | speed
 
-    def floor(self):
+    def floor(self) -> dict[str, float | list[int]]:
         """The data's own row."""
         score = inception_score(self.probabilities)
         return data_floor(self.reference.features) | {"inception_score": score}

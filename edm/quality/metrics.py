@@ -6,13 +6,15 @@ All of them look at images through one of the feature networks of features.py.
 import itertools
 import warnings
 import zipfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 
@@ -27,15 +29,15 @@ from toy.files import UserError, naming
 class Given(nn.Module):
     """torchmetrics' "feature network" where the features are there already."""
 
-    def __init__(self, num_features):
+    def __init__(self, num_features: int):
         super().__init__()
         self.num_features = num_features
 
-    def forward(self, features):
+    def forward(self, features: Tensor) -> Tensor:
         return features
 
 
-def frechet_distance(features, reference):
+def frechet_distance(features: Tensor, reference: Tensor | tuple[Tensor, Tensor]) -> float:
     """|m - m'|^2 + tr(S + S' - 2 (S S')^(1/2)), between Gaussians fitted with covariances over N - 1.
 
     features: (N, F).  reference: features (M, F), or statistics (mean (F,), covariance (F, F)).
@@ -58,7 +60,7 @@ def frechet_distance(features, reference):
     return metric.compute().item()
 
 
-def inception_score(probabilities, splits=10):
+def inception_score(probabilities: Tensor, splits=10) -> float:
     """exp E KL(p(y|x) || p(y)), averaged over random parts, from probabilities (N, K).
 
     Parts: `splits`, or as many as leave ten images to each, for it is at most the number of images in a part.
@@ -72,7 +74,7 @@ def inception_score(probabilities, splits=10):
         return metric.compute()[0].item()
 
 
-def distances(features, others, chunk=1000):
+def distances(features: Tensor, others: Tensor, chunk=1000) -> Iterator[Tensor]:
     """Yield distances (chunk, M) of features (N, F) to others (M, F), in float64 about their centre: exact
     far from the origin too, and by products of matrices, ten times as fast as by differences."""
     centre = exact(others).mean(0)
@@ -80,7 +82,7 @@ def distances(features, others, chunk=1000):
     yield from (torch.cdist(exact(part) - centre, others) for part in features.split(chunk))
 
 
-def neighbour_radii(features, k=3, chunk=1000):
+def neighbour_radii(features: Tensor, k=3, chunk=1000) -> Tensor:
     """(N, F) -> (N,): the distance of each to its k-th nearest neighbour.  UserError for N <= k."""
     if len(features) <= k:
         raise UserError(f"precision and recall need at least {k + 1} images, got {len(features)}")
@@ -88,7 +90,7 @@ def neighbour_radii(features, k=3, chunk=1000):
     return torch.cat(near)[:, k]  # the nearest of all, distance 0, is itself
 
 
-def share_inside(features, centres, radii, chunk=1000):
+def share_inside(features: Tensor, centres: Tensor, radii: Tensor, chunk=1000) -> float:
     """Share of features (N, F) that lie in any of the balls about centres (M, F) with radii (M,)."""
     inside = [(some <= exact(radii)).any(1).sum() for some in distances(features, centres, chunk)]
     return sum(inside).item() / len(features)
@@ -98,7 +100,7 @@ def share_inside(features, centres, radii, chunk=1000):
 # Images in, numbers out.
 
 
-def gather(parts, device):
+def gather(parts: list[Tensor], device: str | torch.device) -> Tensor | None:
     """What the processes have, each a list of rows to be joined -> all rows, in the order from which each
     took its [rank::world]: the first has most, and others may have none."""
     rows = torch.cat(parts) if parts else None
@@ -114,7 +116,7 @@ def gather(parts, device):
 
 
 @torch.no_grad()
-def features_of(net, batches):
+def features_of(net: nn.Module, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Batches of uint8 images -> features (N, F) and class probabilities (N, K), of all processes.
 
     Under torch.distributed every process calls this with its share, the images [rank::world].
@@ -137,11 +139,11 @@ class Reference:
     statistics: tuple | None = None
 
     @cached_property
-    def radii(self):
+    def radii(self) -> Tensor:
         return neighbour_radii(self.features)
 
 
-def load_statistics(path, num_features):
+def load_statistics(path: str | Path, num_features: int) -> tuple[Tensor, Tensor]:
     """EDM's reference file, an .npz with mu (F,) and sigma (F, F) -> (mean, covariance), float64."""
     with naming(path), zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as file:
         members = archive.getinfo("mu.npy"), archive.getinfo("sigma.npy")
@@ -156,7 +158,7 @@ def load_statistics(path, num_features):
     return mean, covariance
 
 
-def evaluate_samples(net, reference, batches):
+def evaluate_samples(net: nn.Module, reference: Reference, batches: Iterable) -> dict[str, float | list[int]]:
     """Images (batches of uint8 (B, C, H, W)) against a Reference.  As `features_of`, distributed.
 
     fd                Fréchet distance to the data: 0 best (the FID, if net is Inception)
@@ -191,7 +193,7 @@ def evaluate_samples(net, reference, batches):
     }
 
 
-def data_floor(features, seed=0):
+def data_floor(features: Tensor, seed=0) -> dict[str, float | list[int]]:
     """The Fréchet distance between two random halves of the data: no sampler does better by merit.
 
     Raises UserError for less than four images, two in a half.

@@ -6,9 +6,12 @@ far pictures of fixed latents are from those at the score before (root mean squa
 
 import math
 import statistics
+from argparse import Namespace
 from collections import defaultdict
+from collections.abc import Iterable
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
@@ -20,7 +23,7 @@ COLUMNS = {  # of table and figure, where the rows have them: heading, of what
 }  # fmt: skip
 
 
-def final(rows):
+def final(rows: list[dict]) -> dict[str, dict[str, list[float]]]:
     """{arm: {score: its values after the last step, by seed}}.  Diverged: infinitely far, and no share."""
     last, found = {(row["arm"], row["seed"]): row for row in rows}, {}
     for (arm, seed), row in last.items():
@@ -34,7 +37,7 @@ def final(rows):
     return found
 
 
-def table(found, floor, args, teacher_steps):
+def table(found: dict[str, dict], floor: float, args: Namespace, teacher_steps: int) -> str:
     """study.md: a line per arm."""
     shown = [name for name in COLUMNS if any(name in scores for scores in found.values())]
     headings = ["arm", "Fréchet distance, by seed", "median", *(COLUMNS[name] for name in shown)]
@@ -54,7 +57,7 @@ def table(found, floor, args, teacher_steps):
     return "\n".join(lines) + "\n"
 
 
-def draw_curves(ax, arms, rows, title):
+def draw_curves(ax: Axes, arms: Iterable[str], rows: list[dict], title: str) -> None:
     """The Fréchet distance over a run: the median of the seeds, and their range."""
     for i, arm in enumerate(arms):
         two = dict(color=f"C{'sid' in arm:d}", ls="--" if arm.endswith("-w") else "-")  # Figure 2's
@@ -72,7 +75,7 @@ def draw_curves(ax, arms, rows, title):
     ax.grid(alpha=0.2)
 
 
-def draw_ends(ax, found, name, heading):
+def draw_ends(ax: Axes, found: dict[str, dict], name: str, heading: str) -> None:
     """Every seed's last value of a score, a line per arm."""
     for y, scores in enumerate(found.values()):
         values = scores.get(name, [])
@@ -87,7 +90,7 @@ def draw_ends(ax, found, name, heading):
     ax.grid(alpha=0.2)
 
 
-def draw_pictures(ax, found, pictures):
+def draw_pictures(ax: Axes, found: dict[str, dict], pictures: dict[str, np.ndarray]) -> None:
     """What the arms' samples look like, a strip each.  pictures: {arm: (N, C, H, W) uint8}."""
     for y, arm in enumerate(found):
         if arm in pictures:
@@ -97,7 +100,7 @@ def draw_pictures(ax, found, pictures):
     ax.set(ylim=(len(found) - 0.5, -0.5), yticks=[])
 
 
-def figure_of(rows, floor, pictures, panels):
+def figure_of(rows: list[dict], floor: float, pictures: dict[str, np.ndarray], panels: dict) -> Figure:
     """Top: curves of those panels, {title: arms}, that have any.  Bottom: where every arm ended."""
     found = final(rows)
     panels = {title: arms for title, arms in panels.items() if set(arms) & set(found)}

@@ -6,9 +6,11 @@
 Prompt i is drawn once, from seed i, by the student in one step and by its teacher's own sampler.
 """
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from edm.device import Single
 from edm.images.checkpoints import some
@@ -26,7 +28,7 @@ class Clip:
     preprocessor_config.json says, by Pillow.  Raises UserError for what is missing, damaged or does not fit.
     """
 
-    def __init__(self, source, device="cpu"):
+    def __init__(self, source: str, device="cpu"):
         exists_here(source)
         from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer  # takes seconds
 
@@ -46,18 +48,18 @@ class Clip:
                 raise UserError("its embeddings are not finite")
 
     @torch.no_grad()
-    def texts(self, prompts):
+    def texts(self, prompts: list[str]) -> Tensor:
         how = dict(padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
         tokens = self.tokenizer(prompts, **how).to(self.model.device)
         return F.normalize(self.model.get_text_features(**tokens).pooler_output, dim=1)
 
     @torch.no_grad()
-    def images(self, images):
+    def images(self, images: Tensor) -> Tensor:
         pixels = self.processor(list(images), input_data_format="channels_first", return_tensors="pt")
         return F.normalize(self.model.get_image_features(**pixels.to(self.model.device)).pooler_output, dim=1)
 
 
-def clip_score(images, texts):
+def clip_score(images: Tensor, texts: Tensor) -> Tensor:
     """100 max(cos, 0) of each pair of embeddings, (N, width) of length 1 -> (N,).
 
     Source: CLIPScore, arXiv:2104.08718, eq. 1, whose factor is 2.5.
@@ -65,7 +67,7 @@ def clip_score(images, texts):
     return 100 * (images * texts).sum(1).clamp(min=0)
 
 
-def load_aesthetic(path, width):
+def load_aesthetic(path: str | Path, width: int) -> nn.Module:
     """LAION's improved aesthetic predictor: a network, embeddings (N, width) -> scores (N, 1).
 
     Linear layers, nothing between them.  Raises UserError for a file missing, damaged or of another width.

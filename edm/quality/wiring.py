@@ -14,10 +14,12 @@ for each noise level, answer for all rows at once.
 
 import math
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
 import torch
+from torch import Tensor
 
 INPUTS = ["x", "x / (1 + sigma)", "x / sqrt(1 + sigma^2)"]  # what the network is given
 OUTPUTS = {  # D of what it says, F
@@ -39,7 +41,7 @@ SLIPS = {  # likewise, but nobody trains by these
 }
 
 
-def tables(s):
+def tables(s: float | None) -> tuple[dict[str, str], list[str]]:
     """Outputs and inputs, with EDM's where sigma_data s is known."""
     if not s:
         return OUTPUTS, INPUTS
@@ -47,19 +49,19 @@ def tables(s):
     return OUTPUTS | {f"EDM's F with sigma_data {s:g}": edm}, [*INPUTS, f"x / sqrt(sigma^2 + {s}^2)"]
 
 
-def terms(formula, sigma):
+def terms(formula: str, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """p, q of a formula p x + q F of the above, like sigma."""
     no, yes, code = torch.zeros_like(sigma), torch.ones_like(sigma), formula.replace("^", "**")
     names = {"sigma": sigma, "sqrt": torch.sqrt}
     return tuple(eval(code, names | {"x": x, "F": F}) for x, F in ((yes, no), (no, yes)))
 
 
-def rescaled(wanted, given, levels, told):
+def rescaled(wanted: str, given: str, levels: Tensor, told: Tensor) -> Tensor:
     """At which multiple of x to ask, told these sigmas, so that it is given what it wants at levels."""
     return terms(wanted, levels)[0] / terms(given, told)[0]
 
 
-def vp_step(sigma):
+def vp_step(sigma: Tensor) -> Tensor:
     """t in [0, 1] of the usual variance-preserving process, beta from 0.1 to 20."""
     return ((0.01 + 2 * 19.9 * torch.log1p(sigma**2)).sqrt() - 0.1) / 19.9
 
@@ -81,13 +83,13 @@ TOLD = torch.logspace(-4, 4, 25, dtype=torch.float64)  # every sigma that a deno
 
 
 # --- Inner products.
-def gram(x0, x, said):
+def gram(x0: Tensor, x: Tensor, said: Tensor) -> Tensor:
     """(..., n d) each -> (..., 4, 4): means over samples and coordinates of the products of x0, x, D, 1."""
     rows = torch.stack([x0, x, said, torch.ones_like(x)], -2)
     return rows @ rows.mT / rows.shape[-1]
 
 
-def error(grams, p=0.0, q=1.0):
+def error(grams: Tensor, p=0.0, q=1.0) -> Tensor:
     """mean (p x + q D - x0)^2; p, q broadcast against grams (..., 4, 4).  inf where D is not finite,
     or p x and q D nearly cancel."""
     p, q = (torch.as_tensor(v, dtype=grams.dtype) for v in (p, q))
@@ -97,7 +99,7 @@ def error(grams, p=0.0, q=1.0):
     return torch.where(value.isfinite() & exact, value.clamp_min(0), math.inf)
 
 
-def best_mix(grams):
+def best_mix(grams: Tensor) -> tuple[Tensor, Tensor]:
     """The least error of a x + b D + c, and a, b, c (..., 3): of a right D it is D's own."""
     basis, aim = grams[..., 1:, 1:], grams[..., 1:, 0]
     ridge = 1e-9 * torch.diag_embed(basis.diagonal(dim1=-2, dim2=-1))
@@ -113,11 +115,11 @@ class Samples:
     denoiser of such data, `trivial`, plus a hundredth: nobody needs to know whether it is less.
     """
 
-    def __init__(self, denoiser, x0, noise, levels, spread):
+    def __init__(self, denoiser: Callable, x0: Tensor, noise: Tensor, levels: Tensor, spread: float):
         self.denoiser, self.x0, self.noise, self.levels = denoiser, x0, noise, levels
         self.spread, self.trivial = spread, (levels**-2 + spread**-2) ** -1
 
-    def grams(self, scale=1.0, told=None, shift=(1.0, 0.0)):
+    def grams(self, scale=1.0, told: Tensor | None = None, shift=(1.0, 0.0)) -> Tensor:
         """(..., L, 4, 4) of D asked at scale x, told a sigma, (..., L) each; shift (c, m): at c x + m."""
         (c, m), x0, told = shift, self.x0.flatten(1), self.levels if told is None else told
         x = x0 + self.levels[:, None, None] * self.noise.flatten(1)  # (L, n, d)
@@ -127,7 +129,7 @@ class Samples:
         said = torch.cat([self.denoiser(*part, len(x0)) for part in parts]).reshape(asked.shape)
         return gram(*(v.expand_as(said).flatten(-2) for v in (x0, x, (said - m) / c)))
 
-    def relative(self, errors):
+    def relative(self, errors: Tensor) -> Tensor:
         return errors / self.trivial + 0.01
 
 
@@ -144,19 +146,19 @@ class Wiring:
     bound: torch.Tensor = None  # errors of the best mix of x and D
 
     @property
-    def score(self):
+    def score(self) -> float:
         """Mean log error; each thing mended must lower the error by 5 %, or there is no need to mend it."""
         mended = sum(map(bool, (self.output, self.scale, self.time, self.data)))
         return round(self.errors.log().mean().item() + 0.05 * mended, 3)  # of equals the first will do
 
     @property
-    def right(self):
+    def right(self) -> bool:
         """Whether nothing is left to mend: no mix of x and D is better, and it knows more than the spread."""
         logs = self.errors.log().mean().item()
         return logs - self.bound.log().mean().item() < 0.03 and logs < -0.03
 
 
-def read(grams, rows, sigma, told, scale):
+def read(grams: Tensor, rows: dict[str, str], sigma: Tensor, told: Tensor, scale: float | Tensor) -> Tensor:
     """Errors (a, b, ...) of what was wired by b, of rows or SLIPS, read by a; the x asked was scale x."""
     stack = lambda formulas, at: torch.stack([torch.stack(terms(f, at)) for f in formulas], 1)
     pa, qa = stack(rows.values(), sigma.expand_as(told)).unsqueeze(2)
@@ -164,7 +166,7 @@ def read(grams, rows, sigma, told, scale):
     return error(grams, pa - qa / qb * pb * scale, qa / qb)
 
 
-def choose(samples, errors, rows, **more):
+def choose(samples: Samples, errors: Tensor, rows: dict[str, str], **more) -> Wiring:
     """The best pair of rows of errors (a, b, L) -> Wiring.  The first of equals."""
     found, names = samples.relative(errors), [*rows, *SLIPS]
     scores = found.log().mean(-1) + 0.05 * (1 - torch.eye(len(rows), len(names)))
@@ -172,11 +174,11 @@ def choose(samples, errors, rows, **more):
     return Wiring(found[a, b], () if a == b else (names[a], names[b]), **more)
 
 
-def as_wired(samples, grams, **more):
+def as_wired(samples: Samples, grams: Tensor, **more) -> Wiring:
     return Wiring(samples.relative(error(grams)), bound=samples.relative(best_mix(grams)[0]), **more)
 
 
-def asked(samples, rows, factor=1.0, told=None, **more):
+def asked(samples: Samples, rows: dict[str, str], factor=1.0, told: Tensor | None = None, **more) -> Wiring:
     """The best of what D says at factor x, told another sigma."""
     grams, told = samples.grams(factor, told), samples.levels if told is None else told
     errors = read(grams, rows, samples.levels, told, factor)
@@ -194,7 +196,7 @@ SHIFTS = {
 }
 
 
-def units(samples, rows, inputs):
+def units(samples: Samples, rows: dict[str, str], inputs: list[str]) -> Iterator[Wiring]:
     """It was trained on other data than it is given, or expects another scale of x."""
     for words, shift in SHIFTS.items():
         yield as_wired(samples, samples.grams(shift=shift), data=(words,))
@@ -203,7 +205,7 @@ def units(samples, rows, inputs):
             yield asked(samples, rows, rescaled(*pair, samples.levels, samples.levels), scale=pair)
 
 
-def retold(levels):
+def retold(levels: Tensor) -> tuple[list[tuple[str, str]], Tensor]:
     """[(wanted, told)], sigmas to tell (K, L), so that a network told by the second hears the first."""
     fine = torch.logspace(-4, 4, 2001, dtype=torch.float64)
     factors = (1 / 1000, 1 / 10, 1 / 3, 1 / 2, 2, 3, 10, 1000)
@@ -219,7 +221,7 @@ def retold(levels):
     return names, torch.stack(sigmas)
 
 
-def times(samples, rows, inputs, crossed=False):
+def times(samples: Samples, rows: dict[str, str], inputs: list[str], crossed=False) -> list[Wiring]:
     """It is told another time, whatever is read besides; crossed: and given in another scale.
 
     What it says in between is interpolated; the best are then asked for themselves.
@@ -243,7 +245,7 @@ def times(samples, rows, inputs, crossed=False):
     return [asked(samples, rows, factor, told, time=name, **how) for _, factor, told, name, how in best]
 
 
-def scan(samples, rows, inputs):
+def scan(samples: Samples, rows: dict, inputs: list[str]) -> tuple[list[float], Tensor, float, bool]:
     """What a right D does best in the middle -> factors (9,), mean log errors (9,) of D told these times
     sigma, the most that is gained, at the best factor of each level, if the network alone hears it, and
     whether, read in some way, it says the same whatever it hears."""
@@ -260,7 +262,9 @@ def scan(samples, rows, inputs):
     return factors.tolist(), direct, gain, bool(((logs.amax(1) - logs.amin(1)).amax(1) < 0.02).any())
 
 
-def search(samples, own, rows, inputs, seconds=math.inf, restless=False, deaf=False):
+def search(
+    samples: Samples, own: Wiring, rows: dict, inputs: list[str], seconds=math.inf, restless=False, deaf=False
+) -> Wiring | None:
     """The best wiring that is found, the cheap ones first, until one is right; None if it is deaf to sigma.
 
     own: the wiring as it is; restless: do not believe that it is right.  seconds: after which no further

@@ -1,7 +1,13 @@
 """A small PixArt that a CPU can train: handwritten digits that follow their caption."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import Module
 from tqdm import tqdm
 
 from edm.device import Single
@@ -24,14 +30,14 @@ T5 = dict(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, feed_forward
 SAMPLER = dict(steps=18, sigma_min=0.02, sigma_max=80.0)  # of the teacher, for `heun`: 35 evaluations
 
 
-def pictures():
-    """scikit-learn's 8x8 digits as 16x16 grey RGB: an edm.data.Images."""
+def pictures() -> Images:
+    """scikit-learn's 8x8 digits as 16x16 grey RGB: an edm.images.data.Images."""
     data = load_images("digits")
     larger = F.interpolate(data.images.float(), PIXELS, mode="bilinear").round().to(torch.uint8)
     return Images(larger.expand(-1, 3, -1, -1).contiguous(), data.labels, "digits, 16x16")
 
 
-def make_text_encoder():
+def make_text_encoder() -> tuple[Any, Module]:
     """-> a tokenizer of letters and of the prompts' words, and a T5 encoder of random weights."""
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
@@ -44,7 +50,7 @@ def make_text_encoder():
         return tokenizer, T5EncoderModel(T5Config(vocab_size=len(vocabulary), **T5))
 
 
-def train_vae(images, steps, batch=64, lr=4e-3, kl_weight=0.01):
+def train_vae(images: Tensor, steps: int, batch=64, lr=4e-3, kl_weight=0.01) -> Module:
     """Squared error + kl_weight KL, summed over pixels and latents -> AutoencoderKL for 16x16 images."""
     from diffusers import AutoencoderKL
 
@@ -68,7 +74,7 @@ def train_vae(images, steps, batch=64, lr=4e-3, kl_weight=0.01):
     return vae
 
 
-def make_frozen(folder, seed, vae_steps):
+def make_frozen(folder: Path, seed: int, vae_steps: int) -> None:
     """tokenizer/, text_encoder/ and vae/, all or nothing."""
     if folder.exists():
         return
@@ -79,7 +85,7 @@ def make_frozen(folder, seed, vae_steps):
             part.save_pretrained(unfinished / name)
 
 
-def text_examples(data, vae, encoder, draw_levels):
+def text_examples(data: Images, vae: Module, encoder: Callable, draw_levels: Callable) -> Callable:
     """Latents at the levels of draw_levels, a denoiser's: `examples` of a TeacherTask."""
     x0, labels = encode(vae, to_network(data.images)), data.labels.to(vae.device)
     captions, null = encoder(PROMPTS), encoder([""])
@@ -97,7 +103,7 @@ def text_examples(data, vae, encoder, draw_levels):
     return examples
 
 
-def make_scheduler(predicts):
+def make_scheduler(predicts: str) -> Any:
     """What tells others, and us, what the network predicts."""
     from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
@@ -106,7 +112,7 @@ def make_scheduler(predicts):
     return DPMSolverMultistepScheduler(beta_start=BETA_FIRST, beta_end=BETA_LAST, beta_schedule="linear")
 
 
-def save_pipeline(folder, frozen, transformer, predicts="noise"):
+def save_pipeline(folder: str | Path, frozen: Path, transformer: Module, predicts="noise") -> None:
     """All of it as diffusers.PixArtAlphaPipeline.from_pretrained opens it, and prompts.txt."""
     from diffusers import AutoencoderKL, PixArtAlphaPipeline
     from transformers import AutoTokenizer, T5EncoderModel
@@ -123,6 +129,6 @@ def save_pipeline(folder, frozen, transformer, predicts="noise"):
         (unfinished / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
 
 
-def grid_prompts(rows=4):
+def grid_prompts(rows=4) -> list[str]:
     """For pictures: a column per digit, a row per wording."""
     return [TEMPLATES[row % len(TEMPLATES)].format(number) for row in range(rows) for number in NUMBERS]

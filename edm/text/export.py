@@ -4,8 +4,10 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.nn import Module
 
 from edm.images.foreign import read_json
 from edm.text.pixart import PixArtDenoiser, sigma_of_t
@@ -23,7 +25,7 @@ lower-cases prompts.
 """
 
 
-def write_pipeline(transformer, sigma_init, folder, out):
+def write_pipeline(transformer: Module, sigma_init: float, folder: Path, out: str | Path) -> None:
     """Write a folder for diffusers' PixArtAlphaPipeline, whose single step is the generator's.
 
     folder: of `find_pipeline`; its other parts are linked or, across disks, copied.  out: must not exist.
@@ -46,14 +48,14 @@ def write_pipeline(transformer, sigma_init, folder, out):
         (new / "README.md").write_text(card, "utf-8", "replace")
 
 
-def check_exact(path, about):
+def check_exact(path: str | Path, about: dict[str, Any]) -> None:
     """UserError for a student whose one step no pipeline of diffusers can make."""
     if about.get("predicts", "noise") != "noise":
         words = "it predicts a velocity, and diffusers' pipelines start at t = 1, not at its sigma_init"
         raise UserError(f"{path}: cannot be exported exactly: {words}")
 
 
-def link(source, target):
+def link(source: str | Path, target: str | Path) -> None:
     """A hard link to a file, or where the disk cannot, a copy."""
     try:
         os.link(os.path.realpath(source), target)  # the hub's cache is of symbolic links
@@ -61,7 +63,7 @@ def link(source, target):
         shutil.copyfile(source, target)
 
 
-def one_step_scheduler(transformer, sigma_init):
+def one_step_scheduler(transformer: Module, sigma_init: float) -> tuple[Any, int]:
     """-> (EulerDiscreteScheduler whose one step is the generator's, t).
 
     Euler's step from (x, sigma) to 0 is x - sigma F(x / sqrt(sigma^2 + 1); t): the denoiser.  Trailing

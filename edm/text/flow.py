@@ -15,9 +15,13 @@ What a network predicts stands in no file of weights, but in scheduler/scheduler
 import math
 import os
 import reprlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import Module
 
 import sim_core as sim
 from edm.images.foreign import read_json
@@ -41,22 +45,22 @@ class FlowDenoiser(LatentDenoiser):
     scheduler, which decides the levels that it is trained on and nothing else.
     """
 
-    def __init__(self, transformer, shift=1.0, timesteps=1000):
+    def __init__(self, transformer: Module, shift=1.0, timesteps=1000):
         super().__init__(transformer)
         self.shift, self.timesteps = shift, timesteps
 
-    def draw_levels(self, rng, n):
+    def draw_levels(self, rng: torch.Generator, n: int) -> tuple[Tensor, Tensor]:
         """What it is trained on -> sigma, weight (n,): a logit-normal t, weight 1 on velocities."""
         how = dict(generator=rng, device=rng.device, dtype=torch.float32)
         sigma = sim.lognormal_sigma(n, math.log(self.shift), 1.0, **how)
         return sigma, (1 + 1 / sigma) ** 2
 
-    def velocity(self, x, t, **cond):
+    def velocity(self, x: Tensor, t: float | Tensor, **cond) -> Tensor:
         """v(x_t, t): x (B, C, H, W) on the straight path, t (B,) in (0, 1], or a number -> like x."""
         x, t = self.start(x, t)
         return self.predict(x, self.timesteps * t.flatten(), cond)
 
-    def forward(self, xt, sigma, **cond):
+    def forward(self, xt: Tensor, sigma: float | Tensor, **cond) -> Tensor:
         x, level = self.start(xt, sigma)
         t, x = level / (1 + level), x / (1 + level)
         return x - t * self.velocity(x, t.flatten(), **cond)
@@ -67,19 +71,19 @@ class FlowDenoiser(LatentDenoiser):
 # {"predicts": "velocity", "shift": s, "timesteps": 1000}.
 
 
-def denoiser_of(transformer, about):
+def denoiser_of(transformer: Module, about: dict[str, Any]) -> LatentDenoiser:
     """The denoiser around it, by what is said of it."""
     if about.get("predicts", "noise") == "noise":
         return PixArtDenoiser(transformer)
     return FlowDenoiser(transformer, about.get("shift", 1.0), about.get("timesteps", 1000))
 
 
-def predictions(about):
+def predictions(about: dict[str, Any]) -> dict[str, Any]:
     """Of all notes, those that say what a network predicts."""
     return {name: about[name] for name in ("predicts", "shift", "timesteps") if name in about}
 
 
-def told(about):
+def told(about: dict[str, Any]) -> Iterator[str]:
     """What a user should know of it: lines."""
     if "shift" in about:
         yield (
@@ -88,7 +92,7 @@ def told(about):
         )
 
 
-def read_predictions(*folders):
+def read_predictions(*folders) -> dict[str, Any]:
     """What the network of a pipeline predicts, from the first of the folders with a scheduler's settings.
 
     UserError, naming the file, for what is neither noise nor a velocity; {}, so noise, where there is none.
@@ -100,7 +104,7 @@ def read_predictions(*folders):
     return {}
 
 
-def predictions_of(config):
+def predictions_of(config: Any) -> dict[str, Any]:
     name, flow_path = config.get("_class_name"), config.get("_class_name") in FLOW
     if not (flow_path or name in OTHERS):
         raise UserError(f"scheduler {reprlib.repr(name)} is not known here, so neither what is predicted")

@@ -1,8 +1,11 @@
 """The captions of SD3's family: two CLIPs and a T5, put together by diffusers' own pipeline."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.nn import Module
 
 from edm.text.pixart_files import is_joint
 from edm.text.pretrained import exists_here, pretrained
@@ -18,7 +21,7 @@ class JointEncoder:
     As TextEncoder otherwise; `truncated` counts what T5 cuts.
     """
 
-    def __init__(self, folder, device="cpu", dtype=torch.float32, max_tokens=MAX_TOKENS):
+    def __init__(self, folder: str | Path, device="cpu", dtype=torch.float32, max_tokens=MAX_TOKENS):
         from diffusers import StableDiffusion3Pipeline
         from transformers import AutoTokenizer, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel
 
@@ -37,7 +40,7 @@ class JointEncoder:
         self.max_tokens, self.truncated = max_tokens, 0
 
     @torch.no_grad()
-    def __call__(self, prompts):
+    def __call__(self, prompts: Iterable[str]) -> dict[str, Tensor]:
         prompts = list(prompts)
         self.truncated += sum(
             len(ids) > self.max_tokens for ids in self.pipeline.tokenizer_3(prompts).input_ids
@@ -49,10 +52,10 @@ class JointEncoder:
         return {"caption": caption, "pooled": pooled}
 
     @property
-    def null(self):
+    def null(self) -> dict[str, Tensor]:
         return self([""])
 
 
-def text_encoder(transformer, *given):
+def text_encoder(transformer: Module, *given) -> TextEncoder | JointEncoder:
     """The encoder whose captions a transformer takes."""
     return (JointEncoder if is_joint(transformer) else TextEncoder)(*given)

@@ -7,11 +7,14 @@ steps.  EDM's form of it (B.13) is
 
 where t is the step whose noise level is nearest.  x: (B, C, H, W), latents of a VAE times its scaling
 factor; sigma: (B,), or a number.  The caption is a dict {"caption": (B, L, width), "mask": (B, L)},
-features of T5 and which of them count.  The one-step generator is `edm.networks.Generator` on top (B.14).
+features of T5 and which of them count.  `edm.images.networks.Generator` on top makes one step (B.14).
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from edm.device import finest
 from edm.images.networks import per_sample
@@ -24,7 +27,7 @@ ARGUMENTS = {  # of a condition -> of diffusers' transformers
 }
 
 
-def sigma_of_t():
+def sigma_of_t() -> Tensor:
     """sigma = sqrt((1 - abar) / abar) of every step t = 0, ..., 999: (1000,), float64, increasing.
 
     beta is spaced by 1/1000, so that its last value is 0.01998 and sigma ends at the paper's 156.6155.
@@ -39,27 +42,27 @@ class LatentDenoiser(nn.Module):
 
     sigma_data = 1.0  # of the latents: a VAE's scaling factor is chosen so
 
-    def __init__(self, transformer):
+    def __init__(self, transformer: nn.Module):
         super().__init__()
         self.transformer = transformer
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of a latent."""
         config = self.transformer.config
         return config.in_channels, config.sample_size, config.sample_size
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         """Of the weights."""
         return self.transformer.proj_out.weight.dtype
 
-    def start(self, xt, sigma):
+    def start(self, xt: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
         """-> xt and sigma (B, 1, 1, 1) in float32 (float64 if the weights are), like all but the network."""
         x = xt.to(torch.promote_types(self.dtype, torch.float32))
         return x, per_sample(sigma, x).view(-1, 1, 1, 1)
 
-    def predict(self, x, timestep, cond):
+    def predict(self, x: Tensor, timestep: Tensor, cond: dict[str, Tensor]) -> Tensor:
         """What the transformer says of x, without a learned variance, in the dtype of x."""
         given = {ARGUMENTS[name]: self.like_weights(part) for name, part in cond.items()}
         said = self.transformer(
@@ -67,7 +70,7 @@ class LatentDenoiser(nn.Module):
         )[0]
         return said[:, : x.shape[1]].to(x.dtype)
 
-    def like_weights(self, part):
+    def like_weights(self, part: Tensor) -> Tensor:
         return part.to(self.dtype) if part.is_floating_point() else part
 
     def _size(self, x):
@@ -88,7 +91,7 @@ class PixArtDenoiser(LatentDenoiser):
     take the size of the image and its ratio: those of xt, times the VAE's 8.
     """
 
-    def __init__(self, transformer):
+    def __init__(self, transformer: nn.Module):
         super().__init__(transformer)
         levels = sigma_of_t()
         self.register_buffer("levels", levels, persistent=False)
@@ -110,17 +113,17 @@ class PixArtDenoiser(LatentDenoiser):
         self.levels, self.edges = levels.to(device), edges.to(device)
         return self
 
-    def timestep(self, sigma):
+    def timestep(self, sigma: float | Tensor) -> Tensor:
         """t of the nearest of the 1,000 levels, by |difference| (B.3): (B,) int64."""
         return torch.bucketize(torch.as_tensor(sigma).to(self.edges), self.edges)
 
-    def draw_levels(self, rng, n):
+    def draw_levels(self, rng: torch.Generator, n: int) -> tuple[Tensor, Tensor]:
         """What it is trained on -> sigma, weight (n,): uniform over the 1,000, weight 1 on the noise."""
         step = torch.randint(len(self.levels), (n,), generator=rng, device=rng.device)
         sigma = self.levels[step].float()
         return sigma, sigma**-2
 
-    def forward(self, xt, sigma, **cond):
+    def forward(self, xt: Tensor, sigma: float | Tensor, **cond) -> Tensor:
         x, level = self.start(xt, sigma)
         noise = self.predict(x / (level**2 + 1).sqrt(), self.timestep(level.flatten()), cond)
         return x - level * noise
@@ -133,11 +136,11 @@ class Guided(nn.Module):
     called like a denoiser, a velocity too.
     """
 
-    def __init__(self, denoiser, null, scale):
+    def __init__(self, denoiser: Callable, null: dict[str, Tensor], scale: float):
         super().__init__()
         self.denoiser, self.null, self.scale = denoiser, null, scale
 
-    def forward(self, xt, sigma, **cond):
+    def forward(self, xt: Tensor, sigma: float | Tensor, **cond) -> Tensor:
         nobody = without(cond, self.null, torch.ones(len(xt), dtype=torch.bool, device=xt.device))
         both = {name: torch.cat([part, nobody[name]]) for name, part in cond.items()}
         sigma = per_sample(sigma, xt).repeat(2)
@@ -145,7 +148,7 @@ class Guided(nn.Module):
         return null + self.scale * (plain - null)
 
 
-def without(cond, null, where):
+def without(cond: dict[str, Tensor], null: dict[str, Tensor], where: Tensor) -> dict[str, Tensor]:
     """Conditions with the null one in their place where (B,) is true, of the same names and shapes."""
     length, given = null["caption"].shape[1], cond["caption"].shape[1]
     if length > given:
@@ -153,7 +156,7 @@ def without(cond, null, where):
     return {name: replaced(part, null[name], where) for name, part in cond.items()}
 
 
-def replaced(part, null, where):
+def replaced(part: Tensor, null: Tensor, where: Tensor) -> Tensor:
     """(B, L, *) with null (1, l, *), l <= L and zeros after it, where (B,) is true."""
     row = part.new_zeros(1, *part.shape[1:])
     row[:, : null.shape[1]] = null
@@ -161,19 +164,19 @@ def replaced(part, null, where):
 
 
 @torch.no_grad()
-def encode(vae, images, batch=256):
+def encode(vae: nn.Module, images: Tensor, batch=256) -> Tensor:
     """Images (N, 3, H, W) in [-1, 1] -> latents, scaled (diffusers' AutoencoderKL; its mean, no draw)."""
     parts = [vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mean for part in images.split(batch)]
     return (torch.cat(parts) - shift_of(vae)) * vae.config.scaling_factor
 
 
 @torch.no_grad()
-def decode(vae, x, batch=16):
+def decode(vae: Any, x: Tensor, batch=16) -> Tensor:
     """Latents, scaled -> images (N, 3, H, W), about [-1, 1], float32."""
     parts = (x.to(vae.device, vae.dtype) / vae.config.scaling_factor + shift_of(vae)).split(batch)
     return torch.cat([vae.decode(part).sample.float() for part in parts])
 
 
-def shift_of(vae):
+def shift_of(vae: Any) -> float:
     """What its latents are shifted by: SD3's are."""
     return getattr(vae.config, "shift_factor", None) or 0.0

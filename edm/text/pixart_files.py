@@ -11,10 +11,14 @@ import inspect
 import math
 import re
 import reprlib
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
+from torch import Tensor
+from torch.nn import Module
 
 from edm.images.checkpoints import (
     MAX_BLOCKS,
@@ -47,7 +51,9 @@ MAX_TABLE = 2**23
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def load_transformer(source, heads=None, like=None):
+def load_transformer(
+    source: str | Path, heads: int | None = None, like: str | Path | None = None
+) -> tuple[Module, dict[str, Any]]:
     """-> (a transformer of FAMILIES on the CPU, eval mode, float32, gradients off; dict of notes).
 
     source: a folder of a diffusers pipeline or of its transformer, the name of a pipeline on the hub, a
@@ -67,7 +73,7 @@ def load_transformer(source, heads=None, like=None):
         return build(config, read_weights(path), about), about
 
 
-def look(source, like=None):
+def look(source: str | Path, like: str | Path | None = None) -> tuple[Path, dict, dict[str, Any]]:
     """Of a folder or a name -> the transformer's folder, its config, what it predicts; else UserError.
 
     No weights are read.  Its scheduler is beside it, or in `like`.
@@ -84,11 +90,11 @@ def look(source, like=None):
     return path, config, about
 
 
-def schedulers(like):
+def schedulers(like: str | Path | None) -> list[Path]:
     return [find(like, ("scheduler",))] if like else []
 
 
-def read_file(path, heads, like):
+def read_file(path: Path, heads: int | None, like: str | Path | None) -> tuple[dict, dict[str, Tensor], dict]:
     """-> config, {name: tensor}, notes."""
     with open(path, "rb") as file:
         safe = is_safetensors(file.read(9))
@@ -102,7 +108,7 @@ def read_file(path, heads, like):
     return *from_original(weights, heads, like), about
 
 
-def family_of(config, about):
+def family_of(config: Any, about: dict[str, Any]) -> str:
     """The class of diffusers that a config is of, where it goes with what is predicted."""
     sd3 = "joint_attention_dim" in config
     name = config.get("_class_name", "SD3Transformer2DModel" if sd3 else "PixArtTransformer2DModel")
@@ -116,7 +122,7 @@ def family_of(config, about):
     return name
 
 
-def find(source, parts):
+def find(source: str | Path, parts: Iterable[str]) -> Path:
     """A folder, or the name of a pipeline on the hub, of which these parts are fetched -> the folder."""
     path = Path(source)
     if path.is_dir():
@@ -134,7 +140,7 @@ def find(source, parts):
         raise UserError(f"{source}: {words}") from None
 
 
-def read_weights(folder):
+def read_weights(folder: Path) -> dict[str, Tensor]:
     names, index = {WEIGHTS}, folder / f"{WEIGHTS}.index.json"
     if index.exists():  # a large one, in several files
         names = {Path(name).name for name in read_json(index)["weight_map"].values()}
@@ -146,7 +152,7 @@ def read_weights(folder):
     return weights
 
 
-def load_vae(folder):
+def load_vae(folder: str | Path) -> Module:
     """The AutoencoderKL of a pipeline folder, as `load_transformer` returns a transformer."""
     from diffusers import AutoencoderKL
 
@@ -158,7 +164,7 @@ def load_vae(folder):
     return vae
 
 
-def empty(family, config, tensors):
+def empty(family: str, config: dict[str, Any], tensors: int) -> Module:
     """The network without weights, if so many tensors can fill it; only PixArt's table is there."""
     import diffusers
     from accelerate import init_empty_weights
@@ -183,7 +189,7 @@ def empty(family, config, tensors):
         return cls(**config)
 
 
-def build(config, weights, about):
+def build(config: dict[str, Any], weights: dict[str, Tensor], about: dict[str, Any]) -> Module:
     """A transformer of FAMILIES with exactly these weights, as float32; both may be hostile."""
     family = family_of(config, about)
     network = empty(family, config, len(weights))
@@ -202,7 +208,7 @@ def build(config, weights, about):
     return network.eval().requires_grad_(False)
 
 
-def sigma_init_of(path, about, given=None):
+def sigma_init_of(path: str | Path, about: dict[str, Any], given: float | None = None) -> float:
     """sigma_init from the notes of a student, or where they have none, as it is given.  Raises UserError."""
     noted = given if about.get("sigma_init") is None else about["sigma_init"]
     if type(noted) not in (int, float) or not 0 < noted < math.inf:
@@ -214,27 +220,27 @@ def sigma_init_of(path, about, given=None):
     return noted
 
 
-def parts_of(transformer):
+def parts_of(transformer: Module) -> tuple[list[str], str]:
     """-> the folders of a pipeline beside the transformer, and which of them has the captions' width."""
     numbers = ("", "_2", "_3") if is_joint(transformer) else ("",)
     texts = [f"{part}{number}" for part in ("tokenizer", "text_encoder") for number in numbers]
     return [*texts, "vae"], texts[-1]
 
 
-def is_joint(transformer):
+def is_joint(transformer: Module) -> bool:
     """Whether it is of SD3's family, which takes the captions of three text encoders, and pooled ones."""
     return "joint_attention_dim" in transformer.config
 
 
-def caption_width(transformer):
+def caption_width(transformer: Module) -> int:
     return transformer.config["joint_attention_dim" if is_joint(transformer) else "caption_channels"]
 
 
-def caption_kind(transformer):
+def caption_kind(transformer: Module) -> tuple[bool, int]:
     return is_joint(transformer), caption_width(transformer)
 
 
-def find_pipeline(source, transformer):
+def find_pipeline(source: str | Path, transformer: Module) -> Path:
     """`find`, for a pipeline with all parts, whose captions are as wide as the transformer's."""
     parts, encoder = parts_of(transformer)
     folder = find(source, (*parts, "scheduler"))

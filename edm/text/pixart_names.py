@@ -3,6 +3,9 @@
 import math
 import re
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from edm.images.checkpoints import some
 from edm.images.foreign import read_json
@@ -36,7 +39,9 @@ PREFIX = re.compile(r"(?:(?:module|model|base_model|_orig_mod)\.)*")  # of what 
 NAME = re.compile(r"(?:blocks\.(?P<block>\d+)\.)?(?P<layer>.+?)(?P<kind>\.weight|\.bias)?")
 
 
-def from_original(weights, heads=None, like=None):
+def from_original(
+    weights: dict[str, Tensor], heads: int | None = None, like: str | Path | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """PixArt's {name: tensor} -> (config, diffusers' {name: tensor})."""
     plain = {PREFIX.sub("", name, count=1): value for name, value in weights.items()}
     if len(plain) < len(weights):
@@ -59,7 +64,7 @@ def from_original(weights, heads=None, like=None):
     return config, converted
 
 
-def infer_config(weights, heads=None, like=None):
+def infer_config(weights: dict, heads: int | None = None, like: str | Path | None = None) -> dict[str, Any]:
     """The arguments of PixArtTransformer2DModel, from the shapes under PixArt's names."""
     needed = ("x_embedder.proj.weight", "y_embedder.y_proj.fc1.weight", "final_layer.linear.weight")
     if missing := [name for name in needed if name not in weights]:
@@ -80,7 +85,7 @@ def infer_config(weights, heads=None, like=None):
     )  # fmt: skip
 
 
-def heads_of(folder, width):
+def heads_of(folder: str | Path, width: int) -> int | None:
     """Attention heads of a pipeline's transformer, if there is one here of this width."""
     path = Path(folder, "transformer", "config.json")
     if not path.exists():

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from toy.files import UserError
 MAX_LAYERS, MAX_LEVELS, MAX_SIZE = 64, 8, 2**24  # in a config: of layers, entries of a list, any number
 
 
-def exists_here(name):
+def exists_here(name: str) -> bool:
     """False for what can be a name on the hub.  UserError if it is neither that nor a path."""
     if Path(name).exists():
         return True
@@ -21,7 +22,7 @@ def exists_here(name):
     raise UserError(f"{name}: no such file or folder, nor a name on the hub (OWNER/NAME)")
 
 
-def pretrained(cls, source, part="", **how):
+def pretrained(cls: type, source: str | Path, part="", **how) -> Any:
     """cls.from_pretrained of a folder, or a hub name, in diffusers' or transformers' layout.
 
     A network must have all its weights, and its config may ask for no more than those.  UserError, naming the
@@ -45,7 +46,7 @@ def pretrained(cls, source, part="", **how):
         raise UserError(f"{source}: its {words} cannot be loaded ({kind}{line})") from None
 
 
-def check_size(cls, config):
+def check_size(cls: type, config: Path) -> None:
     """Refuse a config.json that asks for more than the files beside it hold, before any of it is made."""
     settings = read_json(config)
     check_numbers(settings)
@@ -59,7 +60,7 @@ def check_size(cls, config):
         raise UserError(f"its config asks for {asked:,} numbers, but its files hold {held:,} bytes")
 
 
-def check_numbers(value, name="config"):
+def check_numbers(value: Any, name="config") -> None:
     if isinstance(value, dict):
         for key, inner in value.items():
             check_numbers(inner, key)
@@ -74,7 +75,7 @@ def check_numbers(value, name="config"):
         raise UserError(f"{name} is {value}")
 
 
-def quiet():
+def quiet() -> None:
     """Silence the libraries' own bars and warnings: what matters in them is an error here, in our words."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

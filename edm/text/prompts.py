@@ -7,10 +7,13 @@ import csv
 import hashlib
 import json
 import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from edm.images.checkpoints import open_safetensors
@@ -23,7 +26,7 @@ MAX_LINE, MAX_PROMPT = 2**20, 2**14  # bytes, characters: far above MAX_TOKENS
 DTYPES = {"bf16": ("BF16", torch.bfloat16, np.int16), "fp32": ("F32", torch.float32, np.float32)}
 
 
-def read_prompts(path):
+def read_prompts(path: str | Path) -> list[str]:
     """-> list of str, without white space at the ends; empty ones are left out.
 
     path: .txt, a prompt a line; .jsonl, an object with "text" a line; .csv with a column "text".  UTF-8.
@@ -65,14 +68,14 @@ def read_prompts(path):
     return prompts
 
 
-def json_texts(lines):
+def json_texts(lines: Iterable[str]) -> Iterator[Any]:
     for line in lines:
         if line.strip():
             entry = json.loads(line)
             yield entry.get("text") if isinstance(entry, dict) else None
 
 
-def csv_texts(lines):
+def csv_texts(lines: Iterable[str]) -> Iterator[str | None]:
     rows = csv.reader(lines, strict=True)  # a DictReader fills up every short row, of a million columns too
     names = next(filter(None, rows), ["text"])  # none at all: an empty file
     if "text" not in names:
@@ -82,11 +85,11 @@ def csv_texts(lines):
         yield row[column] if column < len(row) else None
 
 
-def digest(prompts):
+def digest(prompts: list[str]) -> str:
     return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
 
 
-def pad(rows):
+def pad(rows: list[Tensor]) -> dict[str, Tensor]:
     """Tensors (L_i, *) -> {"caption": (B, L, *), zeros after L_i, "mask": (B, L) int64, 1 up to there}."""
     lengths = torch.tensor([len(row) for row in rows])
     mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
@@ -105,7 +108,7 @@ class TextEncoder:
     there, damaged or incomplete.  Nothing is executed: no remote code, weights only.
     """
 
-    def __init__(self, folder, device="cpu", dtype=torch.float32, max_tokens=MAX_TOKENS):
+    def __init__(self, folder: str | Path, device="cpu", dtype=torch.float32, max_tokens=MAX_TOKENS):
         here = exists_here(str(folder))
         for part in ("tokenizer", "text_encoder") if here else ():
             if not Path(folder, part).is_dir():
@@ -121,7 +124,7 @@ class TextEncoder:
         self.name, self.width = str(folder), model.config.d_model
         self.max_tokens, self.truncated = max_tokens, 0
 
-    def tokenize(self, prompts):
+    def tokenize(self, prompts: Iterable[str]) -> list[list[int]]:
         """-> lists of at most max_tokens token ids, each with the end token."""
         # one more than allowed, to notice those that are too long
         ids = self.tokenizer(list(prompts), truncation=True, max_length=self.max_tokens + 1).input_ids
@@ -129,18 +132,18 @@ class TextEncoder:
         return [row if len(row) <= self.max_tokens else row[: self.max_tokens - 1] + row[-1:] for row in ids]
 
     @torch.no_grad()
-    def __call__(self, prompts):
+    def __call__(self, prompts: Iterable[str]) -> dict[str, Tensor]:
         rows = [torch.tensor(row, device=self.model.device) for row in self.tokenize(prompts)]
         ids, mask = pad(rows).values()
         hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
         return {"caption": (hidden * mask[:, :, None]).to(self.model.dtype), "mask": mask}
 
     @property
-    def null(self):
+    def null(self) -> dict[str, Tensor]:
         return self([""])
 
 
-def encode_by_index(prompts, source, width):
+def encode_by_index(prompts: list[str], source: Callable, width: int) -> Callable:
     """-> encode(indices) -> {"caption", "mask"}, the same from a TextEncoder as from a CaptionFile.
 
     width: what the denoiser takes.  UserError unless the source has it, and, a file, was made of prompts.
@@ -162,7 +165,7 @@ class CaptionFile:
     the memory.  UserError if it is damaged.
     """
 
-    def __init__(self, path, device="cpu", dtype=torch.float32):
+    def __init__(self, path: str | Path, device="cpu", dtype=torch.float32):
         self.name, self.device, self.dtype = str(path), device, dtype
         # numpy's view is read-only, unlike torch's, for which the system reserves memory
         with naming(path), open_safetensors(path, "np") as file:
@@ -187,7 +190,7 @@ class CaptionFile:
     def __len__(self):
         return len(self.offsets) - 2
 
-    def __call__(self, indices):
+    def __call__(self, indices: Tensor | Sequence[int]) -> dict[str, Tensor]:
         indices = torch.as_tensor(indices).tolist()
         if outside := [i for i in indices if not 0 <= i < len(self)]:
             raise IndexError(f"{self.name}: there is no prompt {outside[0]} among {len(self)}")
@@ -198,11 +201,11 @@ class CaptionFile:
         return pad([torch.from_numpy(x).view(self.stored).to(self.device, self.dtype) for x in parts])
 
     @property
-    def null(self):
+    def null(self) -> dict[str, Tensor]:
         return self._read([0])
 
 
-def header(encoder, prompts, lengths, dtype):
+def header(encoder: Any, prompts: list[str], lengths: list[int], dtype: str) -> tuple[bytes, np.ndarray]:
     """All of the safetensors file that comes before the features: bytes; and offsets (N + 2,)."""
     offsets = np.cumsum([0, *lengths], dtype=np.int64)
     size = int(offsets[-1]) * encoder.width * DTYPES[dtype][1].itemsize

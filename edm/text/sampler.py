@@ -4,18 +4,22 @@ sample(z, **cond) -> latents like z.
 """
 
 import time
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import Module
 
 from edm.images.data import to_uint8
 from edm.images.foreign import read_json
 from edm.images.networks import Generator
 from edm.images.sampler import latents
 from edm.text.flow import CONFIG, FlowDenoiser, read_predictions
-from edm.text.pixart import Guided, decode, without
+from edm.text.pixart import Guided, LatentDenoiser, decode, without
 from edm.text.prompts import read_prompts
 from toy.files import UserError, naming
 
@@ -30,7 +34,9 @@ FIGURE3 = (  # B.6
 )
 
 
-def teacher_sampler(denoiser, folders, vae, null, steps, guidance):
+def teacher_sampler(
+    denoiser: LatentDenoiser, folders: list, vae: Module | None, null: dict, steps: int, guidance: float
+) -> Callable:
     """The solver of the first of the folders with one for such a teacher, from the same z as the student."""
     if isinstance(denoiser, FlowDenoiser):
         velocity = denoiser.velocity if guidance == 1 else Guided(denoiser.velocity, null, guidance)
@@ -40,7 +46,9 @@ def teacher_sampler(denoiser, folders, vae, null, steps, guidance):
     return pixart_sampler(denoiser.transformer, folders[-1], vae, null, steps, guidance)
 
 
-def pixart_sampler(transformer, folder, vae, null, steps, guidance):
+def pixart_sampler(
+    transformer: Module, folder: str | Path, vae: Module, null: dict, steps: int, guidance: float
+) -> Callable:
     """diffusers' own pipeline."""
     from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline
 
@@ -65,7 +73,7 @@ def pixart_sampler(transformer, folder, vae, null, steps, guidance):
     return sample
 
 
-def flow_scheduler(denoiser, folders):
+def flow_scheduler(denoiser: FlowDenoiser, folders: Iterable[str | Path]) -> Any:
     """The scheduler of the first folder with one for velocities, or else Euler's."""
     import diffusers
 
@@ -77,7 +85,7 @@ def flow_scheduler(denoiser, folders):
     return diffusers.FlowMatchEulerDiscreteScheduler(denoiser.timesteps, denoiser.shift)
 
 
-def flow_sampler(velocity, scheduler, steps):
+def flow_sampler(velocity: Callable, scheduler: Any, steps: int) -> Callable:
     """A scheduler's solver from t = 1, where x_t is z, to 0.  The network is told its t, not rounded."""
 
     def sample(z, **cond):
@@ -91,7 +99,7 @@ def flow_sampler(velocity, scheduler, steps):
     return sample
 
 
-def make_encode(encoder):
+def make_encode(encoder: Callable) -> Callable:
     """-> encode(prompts) -> conditions (B, ...), captions of one length, each prompt encoded alone."""
 
     @lru_cache(64)
@@ -108,7 +116,9 @@ def make_encode(encoder):
 
 
 @torch.no_grad()
-def draw(samplers, encode, vae, shape, pairs, batch):
+def draw(
+    samplers: dict[str, Callable], encode: Callable, vae: Any, shape: tuple[int, ...], pairs: list, batch: int
+) -> Iterator[tuple[str, list, Tensor, float]]:
     """Yield (name of the sampler, pairs, images (B, C, H, W) uint8, seconds) for each batch of pairs.
 
     samplers: {name: sample}.  pairs: [((number, prompt), seed)].  seconds: of the sampler's call alone.
@@ -131,7 +141,7 @@ def draw(samplers, encode, vae, shape, pairs, batch):
             yield name, some, images, seconds
 
 
-def find_prompts(text):
+def find_prompts(text: str) -> list[tuple[int, str]]:
     """--prompts -> [(number, prompt), ...]."""
     if Path(text).suffix in (".txt", ".jsonl", ".csv"):
         return list(enumerate(read_prompts(text)))

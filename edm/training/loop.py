@@ -2,9 +2,13 @@
 
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor
 from tqdm import tqdm
 
 from edm.device import peak_memory, slow_in_bf16
@@ -22,14 +26,14 @@ class Diverged(Exception):
 class Recent:
     """The numbers of the steps since the last look, kept on the device: no step waits for them."""
 
-    def __init__(self, accelerator):
+    def __init__(self, accelerator: Accelerator):
         self.accelerator, self.rows, self.names = accelerator, [], None
 
-    def add(self, numbers):
+    def add(self, numbers: dict[str, Tensor]) -> None:
         self.names = list(numbers)
         self.rows.append(torch.stack([value.float() for value in numbers.values()]))
 
-    def collect(self, last_step):
+    def collect(self, last_step: int) -> dict[str, float]:
         """Means as floats, over steps and processes.  Raises Diverged at the first non-finite step."""
         table = self.accelerator.gather(torch.stack(self.rows)[None]).cpu()  # (processes, steps, numbers)
         first = last_step + 1 - len(self.rows)
@@ -42,7 +46,7 @@ class Recent:
         return dict(zip(self.names, table.mean((0, 1)).tolist()))
 
 
-def agree(stop, accelerator):
+def agree(stop: list[int], accelerator: Accelerator) -> bool:
     """Whether any process was told to stop.  Over gloo, so that no GPU waits."""
     if accelerator.num_processes == 1:
         return bool(stop)
@@ -51,7 +55,8 @@ def agree(stop, accelerator):
     return bool(flag)
 
 
-def train(cfg, accelerator, task, run, look, picture, name, score=None):
+def train(cfg: Any, accelerator: Accelerator, task: Any, run: Any, look: Callable, picture: Callable,
+          name: str, score: Callable | None = None) -> str:  # fmt: skip
     """Repeat task.step until cfg.steps or a signal.  Returns "finished" or "interrupted".
 
     task     has step(n), state_dict(), load_state_dict(state)
@@ -119,7 +124,8 @@ def train(cfg, accelerator, task, run, look, picture, name, score=None):
     return "finished" if step == cfg.steps else "interrupted"
 
 
-def complete(cfg, accelerator, task, run, look, picture, name, score=None):
+def complete(cfg: Any, accelerator: Accelerator, task: Any, run: Any, look: Callable, picture: Callable,
+             name: str, score: Callable | None = None) -> int | None:  # fmt: skip
     """`train`, its curves, and what the user is told.  Returns an exit code, or None: there is more to do."""
     try:
         status = train(cfg, accelerator, task, run, look, picture, name, score)

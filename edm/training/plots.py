@@ -1,25 +1,29 @@
 """Figures of image runs.  Functions return a matplotlib Figure; nothing here draws on a screen."""
 
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import Tensor
 
 import sim_core as sim
 from edm.images.data import to_uint8
 from toy.files import replacing
 
 
-def show(axes, image):
+def show(axes: Axes, image: Tensor) -> None:
     """(C, H, W) floats in [-1, 1], clipped."""
     pixels = to_uint8(image.cpu()).permute(1, 2, 0).numpy()
     axes.imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axes.set_xticks([]), axes.set_yticks([])
 
 
-def panel(rows):
+def panel(rows: list[tuple[str, Tensor]]) -> Figure:
     """Images in rows with a name each: [(name, (N, C, H, W)), ...]."""
     columns = max(len(images) for _, images in rows)
     figure = Figure(figsize=(columns + 1.6, len(rows) + 0.1), dpi=60, layout="constrained")
@@ -41,7 +45,7 @@ CURVES = (  # title, columns of the log, logarithmic
 )
 
 
-def curves(history):
+def curves(history: list[dict[str, float]]) -> Figure:
     """All of a run's log.csv, against images seen."""
     column = lambda name: np.array([row.get(name, math.nan) for row in history], dtype=float)
     kept = []
@@ -63,14 +67,14 @@ def curves(history):
     return figure
 
 
-def save_curves(path, history):
+def save_curves(path: str | Path, history: list[dict[str, float]]) -> None:
     """`curves` as a PNG, atomically; nothing while there is nothing to draw."""
     if history:
         with replacing(path) as temporary:
             curves(history).savefig(temporary)
 
 
-def grid(images, columns=10, gap=4):
+def grid(images: Tensor, columns=10, gap=4) -> Image.Image:
     """uint8 (N, C, H, W) -> a picture, images a grey gap apart; small ones are enlarged."""
     scale = max(1, 48 // images.shape[-1])
     images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
@@ -83,7 +87,7 @@ def grid(images, columns=10, gap=4):
     return Image.fromarray(sheet.squeeze(2).numpy())
 
 
-def save_grid(path, x, columns=10):
+def save_grid(path: str | Path, x: Tensor, columns=10) -> None:
     """Network outputs (N, C, H, W) as a grid in a PNG, atomically."""
     with replacing(path) as temporary:
         grid(to_uint8(x.cpu()), columns).save(temporary, format="png")
@@ -99,22 +103,24 @@ class Pictures:
     Every process computes, as a network may be in shares; the first one writes.
     """
 
-    def __init__(self, run, task, z, cond, decode=lambda x: x, columns=10):
+    def __init__(
+        self, run: Any, task: Any, z: Tensor, cond: dict[str, Tensor], decode=lambda x: x, columns=10
+    ):
         self.run, self.task, self.z, self.cond, self.decode = run, task, z, cond, decode
         self.columns = columns
 
     @torch.no_grad()
-    def samples(self):
+    def samples(self) -> Tensor:
         with self.task.accelerator.autocast():
             return self.task.ema.network(self.z, **self.cond)
 
-    def look(self):
+    def look(self) -> dict[str, float]:
         """Numbers for the log."""
         x0 = self.samples()
         return {"sample_mean": x0.mean().item(), "sample_std": x0.std().item()} | self.task.gap_by_sigma()
 
     @torch.no_grad()
-    def __call__(self, step):
+    def __call__(self, step: int) -> None:
         x0 = self.samples()
         rows = self.panel_rows(x0[: self.columns])
         if self.run.first:
@@ -123,7 +129,7 @@ class Pictures:
             with replacing(self.run.path / f"panel-{step:07d}.png") as path:
                 panel(rows).savefig(path)
 
-    def panel_rows(self, x0):
+    def panel_rows(self, x0: Tensor) -> list[tuple[str, Tensor]]:
         """[(name, latents), ...]: the generator's, noisy ones, and both networks' view of them."""
         cond, rows = {name: t[: len(x0)] for name, t in self.cond.items()}, [("generator", x0)]
         for value in PANEL_SIGMAS:

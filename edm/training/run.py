@@ -1,8 +1,9 @@
 """A run's folder as the image and text commands use it: toy/folder.py's, with a log."""
 
 import math
+from typing import Any
 
-from edm.config import settings
+from edm.config import Training, settings
 from toy.files import write_rows
 from toy.folder import Folder
 
@@ -13,7 +14,7 @@ class Run(Folder):
     log.csv     one row per look; the same in tensorboard/, where TensorBoard is installed
     """
 
-    def __init__(self, cfg, first=True):
+    def __init__(self, cfg: Training, first=True):
         """Take the folder.  UserError if it is in use, holds another run, or one that is not resumed."""
         super().__init__(cfg.out, settings(cfg), cfg.keep)
         self.first, self.history = first, []
@@ -27,15 +28,15 @@ class Run(Folder):
         except ImportError:
             self.board = None
 
-    def save(self, step, state):
+    def save(self, step: int, state: dict[str, Any]) -> None:
         super().save(step, state | {"history": self.history})
 
-    def load(self, say=print):
+    def load(self, say=print) -> dict[str, Any] | None:
         state = super().load(say)
         self.history = state["history"] if state else []
         return state
 
-    def log(self, row):
+    def log(self, row: dict[str, float]) -> None:
         self.history.append(row)
         if not self.first:
             return

@@ -6,19 +6,23 @@ depends neither on the number of processes nor on interruptions, and there is no
 
 import contextlib
 import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor
 from torch.distributed.checkpoint import state_dict as whole
 from torch.distributed.fsdp import fully_shard
+from torch.nn import Module
 
 from edm.device import find_device, processes
 from toy.files import UserError
 
 
-def make_accelerator(cfg):
+def make_accelerator(cfg: Any) -> Accelerator:
     """One code path for a CPU, a GPU, and torchrun over several of either."""
     kind = find_device(cfg.device)
     if cfg.precision == "fp16" and kind != "cuda":
@@ -43,7 +47,7 @@ def make_accelerator(cfg):
     return accelerator
 
 
-def compiled(networks, device, say):
+def compiled(networks: Iterable, device: str | torch.device, say: Callable) -> None:
     """Compile in place; leave them eager, and say so, where there is no working compiler."""
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
@@ -54,7 +58,7 @@ def compiled(networks, device, say):
         network.compile()
 
 
-def generator_of(device, *numbers):
+def generator_of(device: str | torch.device, *numbers) -> torch.Generator:
     """A torch.Generator seeded by all of the numbers."""
     seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64).item() >> 1
     return torch.Generator(device).manual_seed(seed)
@@ -63,7 +67,7 @@ def generator_of(device, *numbers):
 WHOLE = whole.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def shard(network, sharded):
+def shard(network: Module, sharded: bool) -> Module:
     """FSDP2, with --sharding fsdp: each process keeps a share of the weights, gathered block by block."""
     if sharded:
         for block in [*blocks(network)]:
@@ -72,7 +76,7 @@ def shard(network, sharded):
     return network
 
 
-def blocks(module):
+def blocks(module: Module) -> Iterator[Module]:
     """The modules in the outermost lists."""
     for child in module.children():
         if isinstance(child, (torch.nn.ModuleList, torch.nn.ModuleDict)):
@@ -81,7 +85,7 @@ def blocks(module):
             yield from blocks(child)
 
 
-def schedule(cfg, lr):
+def schedule(cfg: Any, lr: float) -> Callable:
     """-> rate(images seen): ramp-up, times a cosine that falls to lr_end of lr at the end."""
     total, rampup, end = cfg.steps * cfg.batch, cfg.lr_rampup, cfg.lr_end
 
@@ -95,14 +99,15 @@ def schedule(cfg, lr):
 class Trainee:
     """A network, its optimiser, and an update over micro-batches.  rate: of `schedule`."""
 
-    def __init__(self, accelerator, network, rate, betas, sharded):
+    def __init__(self, accelerator: Accelerator, network: Module, rate: Callable, betas: tuple[float, float],
+                 sharded: bool):  # fmt: skip
         self.accelerator, self.network, self.rate = accelerator, shard(network, sharded), rate
         self.sharded, self.wrapped = sharded, network
         self.optimiser = torch.optim.Adam(network.parameters(), betas=betas, fused=True)
         if not self.sharded:
             self.wrapped, self.optimiser = accelerator.prepare(network, self.optimiser)
 
-    def update(self, loss_of, count, images):
+    def update(self, loss_of: Callable, count: int, images: int) -> tuple[Tensor, Tensor]:
         """One step on the mean of loss_of(i), a tensor of any shape, i < count.
 
         Returns the loss and the gradient's norm, on the device.  Gradients of several processes are
@@ -123,7 +128,7 @@ class Trainee:
         return total, norm
 
     @contextlib.contextmanager
-    def no_sync(self):
+    def no_sync(self) -> Iterator[None]:
         """Inside, gradients add up on their process."""
         if not self.sharded:
             with self.accelerator.no_sync(self.wrapped):
@@ -133,7 +138,7 @@ class Trainee:
         yield
         self.network.set_requires_gradient_sync(True)
 
-    def norm(self):
+    def norm(self) -> Tensor:
         """Of the gradient, on the device."""
         if scaler := self.accelerator.scaler:  # fp16: a gradient that overflows is skipped, no divergence
             self.accelerator.unscale_gradients(self.optimiser)
@@ -144,7 +149,7 @@ class Trainee:
         norm = norm.full_tensor() if self.sharded else norm
         return norm.nan_to_num(0, 0, 0) if scaler else norm
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """Of all processes together; if sharded, empty but on the first."""
         if self.sharded:
             network, optimiser = whole.get_state_dict(self.network, self.optimiser, options=WHOLE)
@@ -152,7 +157,7 @@ class Trainee:
             network, optimiser = self.network.state_dict(), self.optimiser.state_dict()
         return {"network": network, "optimiser": optimiser}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.sharded:
             whole.set_state_dict(self.network, self.optimiser, model_state_dict=state["network"],
                                  optim_state_dict=state["optimiser"], options=WHOLE)  # fmt: skip
@@ -167,34 +172,34 @@ class MovingAverage:
     halflife, in images, is at first less: a share, rampup, of those that there were.
     """
 
-    def __init__(self, network, copy, halflife, rampup, sharded):
+    def __init__(self, network: Module, copy: Module, halflife: int, rampup: float, sharded: bool):
         self.source, self.network = network, shard(copy.requires_grad_(False), sharded)
         self.halflife, self.rampup = halflife, rampup
 
     @torch.no_grad()
-    def update(self, images, batch):
+    def update(self, images: int, batch: int) -> None:
         """After the update of `batch` images that brought the number of images seen to this."""
         share = 1 - 0.5 ** (batch / min(self.halflife, images * self.rampup))
         averages, weights = list(self.network.parameters()), list(self.source.parameters())
         torch._foreach_lerp_(averages, weights, share)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return whole.get_model_state_dict(self.network, options=WHOLE)
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         whole.set_model_state_dict(self.network, state, options=WHOLE)
 
 
 class Batches:
     """How a batch falls to processes and micro-batches."""
 
-    def __init__(self, accelerator, batch, micro_batch):
+    def __init__(self, accelerator: Any, batch: int, micro_batch: int):
         self.share = batch // accelerator.num_processes
         self.micro = min(micro_batch or self.share, self.share)
         if self.share % self.micro:
             raise UserError(f"--micro-batch {self.micro} does not divide {self.share}, a process's share")
         self.count, self.first = self.share // self.micro, accelerator.process_index * self.share
 
-    def split(self, tensor):
+    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """A whole batch -> this process's micro-batches."""
         return tensor[self.first : self.first + self.share].split(self.micro)

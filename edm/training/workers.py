@@ -4,8 +4,10 @@ import multiprocessing
 import os
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -19,7 +21,7 @@ class Stopped(UserError):
     code = 1
 
 
-def quietly(work, *args):
+def quietly(work: Callable, *args) -> NoReturn:
     """What a worker process does: the work without its progress bars.  Errors of the user's: one line."""
 
     def end_with_parent():  # a worker whose study was killed must not train on beside the next one
@@ -35,7 +37,7 @@ def quietly(work, *args):
     sys.exit(command.run(silent))
 
 
-def in_a_process(*work):
+def in_a_process(*work) -> int:
     """Each in a fresh one: accelerate's state lasts as long as its process.  Returns the exit code."""
     process = multiprocessing.get_context("spawn").Process(target=quietly, args=work)
     process.start()
@@ -43,7 +45,7 @@ def in_a_process(*work):
     return process.exitcode
 
 
-def work_off(jobs, name, todo):
+def work_off(jobs: int, name: str, todo: list[tuple]) -> None:
     """Do todo, a list of (function, *arguments), `jobs` at a time.  Raises Stopped where one fails."""
     bar = tqdm(total=len(todo), desc=name, unit="run", smoothing=0, disable=not todo)
     with bar, ThreadPoolExecutor(jobs) as pool:
