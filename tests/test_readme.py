@@ -218,7 +218,7 @@ def test_the_study_in_the_plane_is_quoted_as_it_was_measured():
 
 @pytest.mark.parametrize("file, mark", [
     ("study", "the study on digits"), ("study-b3", "the study of B.3"),
-    ("study-start", "the study of sigma_init")])  # fmt: skip
+    ("study-start", "the study of sigma_init"), ("study-means", "the study of means")])  # fmt: skip
 def test_a_study_on_digits_is_quoted_as_it_was_measured(file, mark):
     found = final(records(f"edm/gallery/{file}.csv"))
     quoted = table_rows(EDM, mark)
@@ -227,11 +227,16 @@ def test_a_study_on_digits_is_quoted_as_it_was_measured(file, mark):
         medians = [f"{statistics.median(scores[name]):.2f}" for name in ("fd", "precision", "recall")]
         assert quoted[arm][:4] == [each, *medians], arm
         assert "follows" not in scores or quoted[arm][4] == f"{statistics.median(scores['follows']):.2f}"
-    if file == "study-start":
-        rows = records(f"edm/gallery/{file}.csv")
-        for arm in set(found) - {"teacher"}:
-            on_the_way = [[r["fd"] for r in rows if (r["arm"], r["step"]) == (arm, s)] for s in (100, 150, 200)]
-            assert quoted[arm][4:] == [f"{statistics.median(fd):.2f}" for fd in on_the_way], arm
+    rows = records(f"edm/gallery/{file}.csv")
+    at = lambda name, arm, step: statistics.median(
+        r[name] for r in rows if (r["arm"], r["step"]) == (arm, step)
+    )
+    for arm in set(found) - {"teacher"}:
+        if file == "study-start":
+            assert quoted[arm][4:] == [f"{at('fd', arm, step):.2f}" for step in (100, 150, 200)], arm
+        if file == "study-means":
+            brighter = statistics.median(found[arm]["brighter"])
+            assert quoted[arm][4:] == [f"{brighter:+.3f}", f"{at('change', arm, 200):.2f}"], arm
 
 
 def test_every_picture_is_shown_and_has_its_command():

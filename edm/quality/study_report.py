@@ -82,7 +82,7 @@ def draw_ends(ax: Axes, found: dict[str, dict], name: str, heading: str) -> None
         ax.plot(values, [y] * len(values), "o", color="C0", ms=5, alpha=0.7)
     if name == "fd":
         ax.set(xscale="log")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 6, 8)))
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 6)))
         ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set(xlabel=heading, ylim=(len(found) - 0.5, -0.5), yticks=range(len(found)))
