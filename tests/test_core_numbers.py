@@ -217,4 +217,4 @@ def test_the_core_imports_torch_and_the_standard_library_only():
     tree = ast.parse(Path(sim.__file__).read_text("utf-8"))
     modules = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     modules |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert modules == {"math", "dataclasses", "functools", "torch"}
+    assert modules == {"math", "collections.abc", "dataclasses", "functools", "torch"}
