@@ -27,7 +27,8 @@ def pytest_addoption(parser):
     )
     parser.addoption("--thorough", action="store_true", help=words)
     parser.addoption("--device", default="cpu", help="of tests/test_anywhere.py, such as cuda (default cpu)")
-    parser.addoption("--dtype", default="float64", help="likewise, such as bfloat16 (default float64)")
+    types = ["float64", "float32", "float16", "bfloat16"]
+    parser.addoption("--dtype", default="float64", choices=types, help="likewise (default %(default)s)")
 
 
 @pytest.fixture(scope="session")
