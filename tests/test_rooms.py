@@ -78,7 +78,7 @@ def public(nodes):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: "/".join(name_of(path)))
 def test_arguments_have_hints(path):
     """Where results have them (ruff's ANN201 with its exceptions): all but those whose default says it."""
-    if path.stem in UNTYPED.split() and name_of(path)[1] != "images":
+    if len(name_of(path)) < 3 and path.stem in UNTYPED.split():  # no room
         return
     for function in public(ast.parse(path.read_text("utf-8")).body):
         given = function.args
