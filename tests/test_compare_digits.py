@@ -189,9 +189,12 @@ def wait_for(condition):
 def test_a_stopped_and_killed_study_ends_as_if_left_alone(tmp_path):
     words = "--arms default no-share --seeds 1 --steps 72 --teacher-steps 9 --samples 20 --jobs 2"
     words = [*words.split(), "--out"]
-    for number in (signal.SIGINT, signal.SIGKILL):
+    for number, step in ((signal.SIGINT, b'"12"'), (signal.SIGKILL, b'"60"')):
         process = start(*words, "stopped")
-        wait_for(lambda: any(b'"12"' in p.read_bytes() for p in Path("stopped").glob("runs/*/scores.json")))
+        scores = lambda step=step: [
+            step in p.read_bytes() for p in Path("stopped").glob("runs/*/scores.json")
+        ]
+        wait_for(lambda scores=scores: any(scores()))
         alive = workers(process)
         os.kill(process.pid, number)
         _, err = process.communicate(timeout=300)
