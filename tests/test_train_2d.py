@@ -303,7 +303,6 @@ def test_presets_hold_the_papers_numbers():
 def test_names_of_runs_tell_them_apart():
     name = lambda *args: resolve(*parse_args("", args)).out
     assert resolve(Config(target="grid")).width == 128 and resolve(Config(target="grid", width=9)).width == 9
-    assert resolve(Config()).eps == 1e-8 and resolve(Config(target="grid")).eps == 1e-4
     assert name() == "out/toy/ring" and name("--target", "grid") == "out/toy/grid"
     assert name("--preset", "listing1") == "out/toy/ring-listing1"
     assert name("--seed", "3", "--c", "0.2") == "out/toy/ring-seed_3-c_0.2"

@@ -78,7 +78,7 @@ GROUPS = {  # group -> arm -> what it changes
     },
 }
 ARMS = {arm: changes for arms in GROUPS.values() for arm, changes in arms.items()}
-COMMON = dict(width=96, teacher_steps=1500, eps=1e-8, samples=5000, no_pictures=True)
+COMMON = dict(width=96, teacher_steps=1500, samples=5000, no_pictures=True)
 QUICK = dict(arms=["default", "l2", "sigma-sim", "sid-sigma-sim"], targets=["ring"], seeds=2, steps=150)
 QUICK_COMMON = COMMON | dict(teacher_steps=300, samples=1000)
 CURVES = ("step", "seconds", "energy_distance")  # what is kept of a run's log

@@ -58,8 +58,8 @@ class Config:
     beta2: float = option(0.99, "Adam's second beta for both; the first is 0", within="below one")
     schedule: str = option("cosine", "of both learning rates; trapezoid: they fall in the last three tenths",
                            ("cosine", "trapezoid", "constant"))  # fmt: skip
-    eps: float = option(None, "Adam's epsilon for both; 1e-4 spares weights that few samples use, and bursts "
-                        "(default: by target)", within="positive")  # fmt: skip
+    eps: float = option(1e-8, "Adam's epsilon for both; 1e-4 spares weights that few samples use, and bursts",
+                        within="positive")  # fmt: skip
     ema: float = option(
         0.999, "decay of the generator's moving average, which is what gets evaluated", within="below one"
     )
@@ -89,10 +89,10 @@ class Config:
 
 
 MACHINE = ("device", "threads", "out", "resume", "show", "no_pictures")  # change nothing computed
-BY_TARGET = {  # what a target takes, unless said otherwise
-    "ring": dict(steps=4000, teacher_steps=1500, width=96, eps=1e-8),
-    "grid": dict(steps=16_000, teacher_steps=3000, width=128, eps=1e-4),  # 1e-8 bursts with seed 4
-    "others": dict(steps=8000, teacher_steps=2000, width=128, eps=1e-8),
+SIZES = {  # what a target takes, unless said otherwise
+    "ring": dict(steps=4000, teacher_steps=1500, width=96),
+    "grid": dict(steps=16_000, teacher_steps=3000, width=128),
+    "others": dict(steps=8000, teacher_steps=2000, width=128),
 }
 PRESETS = {
     "default": {},
@@ -121,13 +121,13 @@ def parse_args(description: str | None, argv: Sequence[str] | None = None) -> tu
 
 
 def resolve(cfg: Config, preset="default") -> Config:
-    """Fill in what depends on other settings: some by target, out by all that differs from the preset."""
+    """Fill in what depends on other settings: sizes by target, out by all that differs from the preset."""
     usual = dataclasses.asdict(dataclasses.replace(Config(target=cfg.target), **PRESETS[preset]))
     given = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in MACHINE and v != usual[k]}
     parts = [f"{k}_{v:g}" if isinstance(v, float) else f"{k}_{v}" for k, v in given.items()]
     name = "-".join([cfg.target, *([preset] if preset != "default" else []), *parts])
     cfg = dataclasses.replace(cfg, device=find_device(cfg.device))
-    filled = BY_TARGET.get(cfg.target, BY_TARGET["others"]) | {"out": f"out/toy/{name}"}
+    filled = SIZES.get(cfg.target, SIZES["others"]) | {"out": f"out/toy/{name}"}
     return dataclasses.replace(cfg, **{k: v for k, v in filled.items() if getattr(cfg, k) is None})
 
 
