@@ -22,12 +22,13 @@ from edm.training import plots
 from edm.training.run import Run
 from edm.training.trainee import make_accelerator
 from tests import small
-from tests.by_hand import flat
+from tests.by_hand import flat, relative
 from tests.small import (
     SCORED,
     TINY,
     UNET,
     assert_refused,
+    assert_rows_close,
     config,
     quick,
     record,
@@ -255,6 +256,16 @@ def test_the_best_is_kept_when_it_is_not_the_last(pixels, tmp_path, monkeypatch)
     assert torch.equal(flat(network), judged[1]) and not torch.equal(judged[1], judged[2])
     assert (about["fd"], about["steps"], about["sigma_init"]) == (1.0, 4, 2.5)
     assert sum(math.isfinite(float(row["fd"])) for row in record(tmp_path / "a")[0]) == 3
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_eager_one(here, tmp_path, capsys):
+    for name, *more in (("eager",), ("compiled", "--compile")):
+        assert run(*more, out=tmp_path / name, steps=3) == 0
+    assert "torch.compile does not work" not in capsys.readouterr().out
+    (rows, weights), (expected, others) = (record(tmp_path / name) for name in ("compiled", "eager"))
+    assert_rows_close(rows, expected, rel=1e-3)
+    assert 0 < relative(weights[0], others[0]) < 1e-3  # the averages; equal to the bit: not compiled
 
 
 def test_a_stopped_run_keeps_its_best_and_takes_other_samples(pixels, tmp_path, capsys):
