@@ -3,7 +3,7 @@
     python edm/compare_digits.py                                   # Figure 2: SIM and SiD, levels, w_SiD
     python edm/compare_digits.py --arms default bf16 --steps 760   # these arms, as long as the preset takes
     python edm/compare_digits.py --task text --arms b3 --steps 900 # B.3's levels, and weight 1 of which loss
-    python edm/compare_digits.py --arms means                      # of log-normal levels; levels: widths too
+    python edm/compare_digits.py --arms means widths               # of log-normal levels
     python edm/compare_digits.py --arms start                      # sigma_init
     python edm/compare_digits.py --seeds 1 --first-seed 7          # another seed than 0, 1, 2
     python edm/compare_digits.py --jobs 0                          # train nothing, report on what there is

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -72,6 +73,28 @@ def test_the_arms_are_figure_2_and_differ_in_what_they_name():
         for levels in ("sim", "karras")
         for weight in ("one", "sid")
     }
+
+
+def test_the_names_of_the_arms_say_what_they_set():
+    words = ["--task", "text", "--seeds", "1", "--arms", "means", "widths", "start", "b3"]
+    students, _ = compare_digits.plan(compare_digits.parse_args(words))
+    assert len(students) == 12 + 24 + 6 + 7
+    usual = students["preset", 0]
+    for (arm, _), cfg in students.items():
+        named = re.fullmatch(r"(both|theta)([+-]\d)-([\d.]+)", arm)
+        drawn = (float(named[2]), float(named[3])) if named else (None, None)
+        assert (cfg.sigma_mean, cfg.sigma_std) == drawn
+        assert (cfg.fake_sigma_mean, cfg.fake_sigma_std) == (
+            drawn if arm.startswith("both") else (None, None)
+        )
+        begins = float(arm[6:]) if arm.startswith("start-") else usual.sigma_init
+        assert cfg.sigma_init == begins
+        b3 = arm.startswith("b3-")
+        assert (cfg.sigma_distribution != usual.sigma_distribution) == b3
+        assert (cfg.fake_sigma_distribution != usual.fake_sigma_distribution) == (b3 and arm != "b3-theta")
+        assert (cfg.weighting == "noise") == (arm == "b3-noise-both")
+        weight = {"b3-denoised": "one", "b3-noise": "noise", "b3-noise-both": "noise"}
+        assert cfg.fake_weighting == weight.get(arm, usual.fake_weighting)
 
 
 def test_a_score_is_what_distill_measures(capsys, monkeypatch):

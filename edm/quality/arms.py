@@ -30,12 +30,15 @@ def lognormal(mean: float, std: float, whose: tuple[str, ...]) -> dict[str, floa
     return {f"{of}sigma_{part}": value for of in whose for part, value in (("mean", mean), ("std", std))}
 
 
-LEVELS = {
-    f"{who}{mean:+d}-{std:g}": lognormal(float(mean), std, whose)
-    for who, whose in (("both", BOTH), ("theta", THETA))
-    for std in (1.2, 0.5, 2.0)
-    for mean in range(-4, 2)
-}
+def means(*stds: float) -> dict[str, dict[str, float]]:
+    return {
+        f"{who}{mean:+d}-{std:g}": lognormal(float(mean), std, whose)
+        for who, whose in (("both", BOTH), ("theta", THETA))
+        for std in stds
+        for mean in range(-4, 2)
+    }
+
+
 GROUPS = {
     "figure2": {arm: changes for arms in FIGURE2.values() for arm, changes in arms.items()}
     | {"default": {}, "bf16": dict(precision="bf16"), "no-share": dict(share=False)}
@@ -49,8 +52,8 @@ GROUPS = {
         "b3-theta": levels("pixart", THETA),
         "preset": {},
     },
-    "means": {arm: changes for arm, changes in LEVELS.items() if arm.endswith("-1.2")},  # p_EDM's width
-    "levels": LEVELS,
+    "means": means(1.2),  # p_EDM's width
+    "widths": means(0.5, 2.0),
     "start": START,
 }  # fmt: skip
 ARMS = {arm: changes for group in GROUPS.values() for arm, changes in group.items()}
