@@ -82,7 +82,8 @@ def draw_ends(ax: Axes, found: dict[str, dict], name: str, heading: str) -> None
         ax.plot(values, [y] * len(values), "o", color="C0", ms=5, alpha=0.7)
     if name == "fd":
         ax.set(xscale="log")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 6)))
+        low, high = ax.get_xlim()
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 6) if high < 20 * low else (1, 3)))
         ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set(xlabel=heading, ylim=(len(found) - 0.5, -0.5), yticks=range(len(found)))
