@@ -17,6 +17,7 @@ stopped, or killed, goes on where it was.
 """
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -139,7 +140,7 @@ def plan(args):
         for arm in args.arms:
             given = fitting(task.presets[preset], **ARMS[arm]) | common | ARMS[arm]
             given |= dict(preset=preset, seed=seed, steps=args.steps, samples=args.samples)
-            given["every"] = max(1, args.steps // LOOKS) * given["batch"]
+            given["every"] = math.ceil(args.steps / LOOKS) * given["batch"]  # no short one at the end
             given |= dict(teacher=str(Path(teachers[seed].out) / task.teacher_file))
             students[arm, seed] = task.cls(**given, out=str(out / f"runs/{arm}-{seed}"))
             check(students[arm, seed])
