@@ -219,7 +219,8 @@ def test_the_study_in_the_plane_is_quoted_as_it_was_measured():
 @pytest.mark.parametrize("file, mark", [
     ("study", "the study on digits"), ("study-b3", "the study of B.3"),
     ("study-start", "the study of sigma_init"), ("study-means", "the study of means"),
-    ("study-means-text", "the study of means by caption")])  # fmt: skip
+    ("study-means-text", "the study of means by caption"),
+    ("study-widths", "the study of widths")])  # fmt: skip
 def test_a_study_on_digits_is_quoted_as_it_was_measured(file, mark):
     found = final(records(f"edm/gallery/{file}.csv"))
     quoted = table_rows(EDM, mark)
@@ -235,7 +236,7 @@ def test_a_study_on_digits_is_quoted_as_it_was_measured(file, mark):
     for arm in set(found) - {"teacher"}:
         if file == "study-start":
             assert quoted[arm][4:] == [f"{at('fd', arm, step):.2f}" for step in (100, 150, 200)], arm
-        if file.startswith("study-means"):
+        if file.startswith(("study-means", "study-widths")):
             brighter = f"{statistics.median(found[arm]['brighter']):+.3f}"
             last = brighter if "follows" in found[arm] else f"{at('change', arm, 200):.2f}"
             assert brighter in quoted[arm][4:] and quoted[arm][-1] == last, arm
