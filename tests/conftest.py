@@ -55,9 +55,15 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def fresh():
-    """accelerate remembers the precision of the first Accelerator."""
-    if state := sys.modules.get("accelerate.state"):
-        state.AcceleratorState._reset_state()
+    """accelerate remembers the precision of the first Accelerator: no test inherits or leaves one."""
+
+    def forget():
+        if state := sys.modules.get("accelerate.state"):
+            state.AcceleratorState._reset_state()
+
+    forget()
+    yield
+    forget()  # the next module's fixtures come before the next test's
 
 
 def pytest_terminal_summary(terminalreporter):
