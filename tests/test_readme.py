@@ -221,7 +221,8 @@ def test_the_study_in_the_plane_is_quoted_as_it_was_measured():
     ("study-start", "the study of sigma_init"), ("study-means", "the study of means"),
     ("study-means-text", "the study of means by caption"),
     ("study-start-text", "the study of sigma_init by caption"),
-    ("study-widths", "the study of widths")])  # fmt: skip
+    ("study-widths", "the study of widths"),
+    ("study-widths-text", "the study of widths by caption")])  # fmt: skip
 def test_a_study_on_digits_is_quoted_as_it_was_measured(file, mark):
     found = final(records(f"edm/gallery/{file}.csv"))
     quoted = table_rows(EDM, mark)
